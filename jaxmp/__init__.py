@@ -1,0 +1,1 @@
+"""Mixed-precision training for JAX: transforms, a framework, and instruments."""

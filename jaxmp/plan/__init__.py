@@ -1,0 +1,1 @@
+"""Will it fit hardware we lack?"""

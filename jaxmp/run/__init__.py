@@ -1,0 +1,1 @@
+"""A whole run: config, data, loop, checkpoints, metrics, report."""
