@@ -1,0 +1,274 @@
+"""The arithmetic of the models: 16 bits in memory and into products, float32 where sums are long.
+
+Every function returns the dtype of its first argument unless it says otherwise, so no layer can
+turn a 16-bit model into a float32 one by accident. Two habits make the step lean as well as safe:
+
+- Derivatives are written as `jax.custom_jvp` rules, linear in the tangent. Reverse mode is their
+  transpose, forward mode works too (`custom_vjp` would forbid it).
+- A rule reads its saved argument behind `optimization_barrier`. XLA may drop a float32 -> bfloat16
+  -> float32 pair of casts; without the barrier it then keeps the float32 value for the backward
+  pass, twice the bytes of the 16-bit one that is in memory anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+ATTENTION_IMPLEMENTATIONS = ("xla", "cudnn")
+
+
+def common_dtype(*dtypes: DTypeLike) -> jnp.dtype:
+    """Gives the narrowest dtype that holds all of them, asked for aloud, so even in strict mode."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """Gives float32, or `dtype` itself if it is wider."""
+    return common_dtype(dtype, jnp.float32)
+
+
+def _wide(x: Array) -> Array:
+    """Gives x in float32, or unchanged if it is wider."""
+    return x.astype(wide_dtype(x.dtype))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 3))
+def _dot(equation: str, x: Array, y: Array, output_dtype: DTypeLike) -> Array:
+    return jnp.einsum(equation, x, y, preferred_element_type=output_dtype)
+
+
+@_dot.defjvp
+def _dot_jvp(equation, output_dtype, primals, tangents):
+    (x, y), (dx, dy) = primals, tangents
+    # Products of the operands' dtype, widened afterwards: their transpose narrows the cotangent
+    # first. JAX's own transpose would multiply float32 cotangents by 16-bit operands, a float32
+    # GEMM on a GPU.
+    tangent = jnp.einsum(equation, dx, y) + jnp.einsum(equation, x, dy)
+    return _dot(equation, x, y, output_dtype), tangent.astype(output_dtype)
+
+
+def dot(equation: str, x: Array, y: Array, output_dtype: DTypeLike | None = None) -> Array:
+    """Gives `einsum(equation, x, y)` whose backward products have operands of the forward's dtype.
+
+    `output_dtype` (default: the operands') may be float32 for 16-bit operands: the sum is then not
+    rounded to 16 bits, and the cotangent is, before it is multiplied. Operands of two dtypes are
+    promoted to the wider one.
+    """
+    dtype = common_dtype(x.dtype, y.dtype)
+    return _dot(equation, x.astype(dtype), y.astype(dtype), jnp.dtype(output_dtype or dtype))
+
+
+@jax.custom_jvp
+def add_bias(x: Array, bias: Array) -> Array:
+    """Gives x + bias, broadcast, in x's dtype; the gradient of the bias is summed in float32."""
+    return x + bias.astype(x.dtype)
+
+
+@add_bias.defjvp
+def _add_bias_jvp(primals, tangents):
+    (x, bias), (dx, dbias) = primals, tangents
+    return add_bias(x, bias), (_wide(dx) + _wide(dbias)).astype(x.dtype)
+
+
+@jax.custom_jvp
+def embed(table: Array, indices: Array) -> Array:
+    """Gives the rows `table[indices]`; the gradient of the table is summed in float32.
+
+    A common token is met thousands of times in a batch, and a bfloat16 sum stands still once it is
+    256 times its next term.
+    """
+    return jnp.take(table, indices, axis=0)
+
+
+@embed.defjvp
+def _embed_jvp(primals, tangents):
+    (table, indices), (dtable, _) = primals, tangents
+    return embed(table, indices), jnp.take(_wide(dtable), indices, axis=0).astype(table.dtype)
+
+
+@jax.custom_jvp
+def gelu(x: Array) -> Array:
+    """Gives GELU in its tanh form, computed in float32; only x is kept for the backward pass.
+
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
+    """
+    x32 = _wide(x)
+    return (0.5 * x32 * (1 + jnp.tanh(_gelu_argument(x32)))).astype(x.dtype)
+
+
+def _gelu_argument(x: Array) -> Array:
+    return math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+
+
+@gelu.defjvp
+def _gelu_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    x32 = _wide(lax.optimization_barrier(x))
+    tanh = jnp.tanh(_gelu_argument(x32))
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x32 * x32)
+    slope = 0.5 * (1 + tanh) + 0.5 * x32 * (1 - tanh * tanh) * inner
+    return gelu(x), (slope * _wide(dx)).astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float = 1e-5) -> Array:
+    """Gives x normalised over its last axis, times scale, plus bias; statistics in float32.
+
+    x: [..., D]; scale, bias: [D]. What is kept for the backward pass is x in its own dtype and two
+    float32 numbers per row. Source: Ba, Kiros and Hinton 2016, arXiv 1607.06450.
+    """
+    mean, inverse = _row_statistics(x, epsilon)
+    return ((_wide(x) - mean) * inverse * _wide(scale) + _wide(bias)).astype(x.dtype)
+
+
+def _row_statistics(x: Array, epsilon: float) -> tuple[Array, Array]:
+    """Gives the mean and 1/sqrt(variance + epsilon) of each row, [..., 1], in float32."""
+    x32 = _wide(x)
+    mean = jnp.mean(x32, axis=-1, keepdims=True)
+    variance = jnp.mean(jnp.square(x32 - mean), axis=-1, keepdims=True)
+    return mean, lax.rsqrt(variance + epsilon)
+
+
+@layer_norm.defjvp
+def _layer_norm_jvp(epsilon, primals, tangents):
+    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
+    mean, inverse = _row_statistics(x, epsilon)
+    normal = (_wide(lax.optimization_barrier(x)) - mean) * inverse
+    dx32 = _wide(dx)
+    dnormal = dx32 - jnp.mean(dx32, axis=-1, keepdims=True)
+    dnormal = inverse * (dnormal - normal * jnp.mean(normal * dx32, axis=-1, keepdims=True))
+    tangent = dnormal * _wide(scale) + normal * _wide(dscale) + _wide(dbias)
+    return layer_norm(x, scale, bias, epsilon), tangent.astype(x.dtype)
+
+
+def batch_norm(
+    x: Array, mean: Array, variance: Array, scale: Array, bias: Array, epsilon: float = 1e-5
+) -> Array:
+    """Gives (x - mean) / sqrt(variance + epsilon) * scale + bias in x's dtype, float32 inside.
+
+    x: [..., C]; the rest [C]. Source: Ioffe and Szegedy 2015, arXiv 1502.03167.
+    """
+    factor = lax.rsqrt(_wide(variance) + epsilon) * _wide(scale)
+    return ((_wide(x) - _wide(mean)) * factor + _wide(bias)).astype(x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _attention_weights(logits: Array, scale: float, causal: bool, dtype: DTypeLike) -> Array:
+    """Gives softmax(scale * logits) over the last axis in `dtype`, computed in float32.
+
+    logits: [..., T, S]; `causal` lets query t see keys up to t + S - T. Only the result is kept.
+    """
+    logits = _wide(logits) * scale
+    if causal:
+        queries, keys = logits.shape[-2:]
+        row = lax.broadcasted_iota(jnp.int32, (queries, keys), 0)
+        column = lax.broadcasted_iota(jnp.int32, (queries, keys), 1)
+        logits = jnp.where(column <= row + (keys - queries), logits, -jnp.inf)
+    return jax.nn.softmax(logits, axis=-1).astype(dtype)
+
+
+@_attention_weights.defjvp
+def _attention_weights_jvp(scale, causal, dtype, primals, tangents):
+    (logits,), (dlogits,) = primals, tangents
+    weights = _attention_weights(logits, scale, causal, dtype)
+    saved = _wide(lax.optimization_barrier(weights))  # zero where masked: no second mask
+    weighted = saved * (_wide(dlogits) * scale)
+    tangent = weighted - saved * jnp.sum(weighted, axis=-1, keepdims=True)
+    return weights, tangent.astype(dtype)
+
+
+def attention(
+    query: Array, key: Array, value: Array, *, causal: bool, implementation: str = "xla"
+) -> Array:
+    """Gives softmax(query key^T / sqrt(H)) value for each head, the softmax in float32.
+
+    query [B, T, N, H]; key and value [B, S, N, H] of the same dtype; result [B, T, N, H].
+    `implementation` is a choice written in a config, never read off the local device:
+    "xla" runs everywhere and keeps the [B, N, T, S] weights, in 16 bits, for the backward pass;
+    "cudnn" is the fused kernel of NVIDIA GPUs, which needs 16-bit inputs, keeps no weights and
+    has no forward-mode derivative.
+    """
+    if implementation == "xla":
+        logits = dot("btnh,bsnh->bnts", query, key, wide_dtype(query.dtype))
+        weights = _attention_weights(logits, query.shape[-1] ** -0.5, causal, query.dtype)
+        return dot("bnts,bsnh->btnh", weights, value)
+    if implementation != "cudnn":
+        raise ValueError(
+            f"attention implementation {implementation!r} is unknown; "
+            f"choose one of {', '.join(ATTENTION_IMPLEMENTATIONS)}."
+        )
+    if query.dtype.itemsize != 2:
+        raise ValueError(
+            f"cudnn attention takes float16 or bfloat16, not {query.dtype}; compute in 16 bits "
+            'or choose the implementation "xla".'
+        )
+    return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+
+
+@jax.custom_jvp
+def softmax_cross_entropy(logits: Array, targets: Array) -> Array:
+    """Gives the mean of log(sum(exp(logits))) - logits[target] over all positions, in float32.
+
+    logits [..., V] of any float dtype; targets [...] integers in [0, V). Nothing of size V is kept
+    for the backward pass but the logits themselves, in their own dtype.
+    """
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"targets of shape {targets.shape} do not fit logits of shape {logits.shape}; "
+            f"expected integers of shape {logits.shape[:-1]}."
+        )
+    log_normalizer, picked = _log_normalizer_and_target(logits, targets)
+    return jnp.mean(log_normalizer - picked)
+
+
+def _is_target(logits: Array, targets: Array) -> Array:
+    # A comparison fuses into the pass over the logits; a gather's transpose is a scatter, which
+    # writes and reads all of them once more.
+    classes = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    return classes == targets[..., None]
+
+
+def _log_normalizer_and_target(logits: Array, targets: Array) -> tuple[Array, Array]:
+    logits32 = _wide(logits)
+    picked = jnp.sum(jnp.where(_is_target(logits, targets), logits32, 0), axis=-1)
+    top = lax.stop_gradient(jnp.max(logits32, axis=-1))
+    return top + jnp.log(jnp.sum(jnp.exp(logits32 - top[..., None]), axis=-1)), picked
+
+
+@softmax_cross_entropy.defjvp
+def _softmax_cross_entropy_jvp(primals, tangents):
+    (logits, targets), (dlogits, _) = primals, tangents
+    log_normalizer, picked = _log_normalizer_and_target(logits, targets)
+    saved = _wide(lax.optimization_barrier(logits))
+    slope = jnp.exp(saved - log_normalizer[..., None])
+    slope = slope - _is_target(logits, targets).astype(slope.dtype)
+    count = max(log_normalizer.size, 1)
+    return jnp.mean(log_normalizer - picked), jnp.sum(slope * (_wide(dlogits) / count))
+
+
+def accuracy(logits: Array, targets: Array) -> Array:
+    """Gives the share of positions whose largest logit is the target's, float32."""
+    return jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def scale_gradient(x: Array, factor: float) -> Array:
+    """Gives x; its cotangent is multiplied by the static `factor` in the cotangent's own dtype.
+
+    So a factor of 2**-20 on a float16 activation flushes small gradients to zero, as a long chain
+    of small Jacobians would, and loss scaling is what brings them back.
+    """
+    return x
+
+
+@scale_gradient.defjvp
+def _scale_gradient_jvp(factor, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return x, dx * jnp.asarray(factor, dx.dtype)

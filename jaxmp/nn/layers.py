@@ -1,0 +1,192 @@
+"""Linen layers of the reference models: none has a dtype, each answers in the dtype it was given.
+
+A layer's output has its input's dtype whatever its parameters' (an embedding's: its table's), so
+a float32 parameter in a 16-bit model makes that one layer more exact and nothing after it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.nn.initializers import Initializer
+
+from jaxmp.nn import functional as F
+
+
+class Dense(nn.Module):
+    """x [..., D] times kernel [D, features], plus bias [features].
+
+    With `logits` the result is float32 (the product's own sum, not rounded to 16 bits), which is
+    what a loss should eat.
+    """
+
+    features: int
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    use_bias: bool = True
+    logits: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        output_dtype = F.wide_dtype(x.dtype) if self.logits else x.dtype
+        y = F.dot("...d,df->...f", x, kernel, output_dtype)
+        if not self.use_bias:
+            return y
+        return F.add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
+
+
+class Embed(nn.Module):
+    """Rows of a learned table [vocabulary, features]; the result has the table's dtype."""
+
+    vocabulary: int
+    features: int
+    embedding_init: Initializer = nn.initializers.normal(0.02)
+
+    def setup(self) -> None:
+        shape = (self.vocabulary, self.features)
+        self.embedding = self.param("embedding", self.embedding_init, shape)
+
+    def __call__(self, indices: Array) -> Array:
+        return F.embed(self.embedding, indices)
+
+    def logits(self, x: Array) -> Array:
+        """Gives x [..., D] times the table's transpose, in float32: the tied output layer."""
+        return F.dot("...d,vd->...v", x, self.embedding, F.wide_dtype(x.dtype))
+
+
+class LayerNorm(nn.Module):
+    """Normalises the last axis with learned scale and bias; statistics in float32."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        return F.layer_norm(x, scale, bias, self.epsilon)
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel of x [..., C] over all other axes.
+
+    Statistics of the batch and the running ones (collection "batch_stats": mean and var, biased)
+    are float32. Training updates running = momentum * running + (1 - momentum) * batch.
+    """
+
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    scale_init: Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        shape = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", self.scale_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        if not train:
+            mean, variance = running_mean.value, running_var.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            x32 = x.astype(F.wide_dtype(x.dtype))
+            mean = jnp.mean(x32, axes)
+            variance = jnp.mean(jnp.square(x32 - mean), axes)
+            if not self.is_initializing():
+                for running, batch in ((running_mean, mean), (running_var, variance)):
+                    blend = self.momentum * running.value + (1 - self.momentum) * batch
+                    running.value = jax.lax.stop_gradient(blend).astype(jnp.float32)
+        return F.batch_norm(x, mean, variance, scale, bias, self.epsilon)
+
+
+class Conv(nn.Module):
+    """Convolves x [B, H, W, C] with a square kernel, "SAME" padding and no bias (BatchNorm's)."""
+
+    features: int
+    size: int = 3
+    stride: int = 1
+    kernel_init: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
+        dtype = F.common_dtype(x.dtype, kernel.dtype)
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            window_strides=(self.stride, self.stride),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y.astype(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on x [B, T, D]: one product for query, key and value, one out."""
+
+    heads: int
+    causal: bool
+    implementation: str
+    kernel_init: Initializer
+    output_init: Initializer
+
+    @nn.compact
+    def __call__(self, x_BTD: Array) -> Array:
+        batch, length, width = x_BTD.shape
+        qkv = Dense(3 * width, self.kernel_init, name="qkv")(x_BTD)
+        q_BTNH, k_BTNH, v_BTNH = (
+            part.reshape(batch, length, self.heads, width // self.heads)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
+        # Parameters are made in float32 and maybe on another machine: cudnn can do neither.
+        implementation = "xla" if self.is_initializing() else self.implementation
+        y_BTNH = F.attention(
+            q_BTNH, k_BTNH, v_BTNH, causal=self.causal, implementation=implementation
+        )
+        return Dense(width, self.output_init, name="out")(y_BTNH.reshape(batch, length, width))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-LN block: x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches."""
+
+    heads: int
+    mlp_width: int
+    causal: bool
+    implementation: str
+    dropout: float
+    kernel_init: Initializer
+    output_init: Initializer
+
+    @nn.compact
+    def __call__(self, x_BTD: Array, train: bool) -> Array:
+        attend = SelfAttention(
+            self.heads, self.causal, self.implementation, self.kernel_init, self.output_init
+        )
+        y_BTD = attend(LayerNorm()(x_BTD))
+        x_BTD = x_BTD + nn.Dropout(self.dropout, deterministic=not train)(y_BTD)
+        h_BTF = F.gelu(Dense(self.mlp_width, self.kernel_init)(LayerNorm()(x_BTD)))
+        y_BTD = Dense(x_BTD.shape[-1], self.output_init)(h_BTF)
+        return x_BTD + nn.Dropout(self.dropout, deterministic=not train)(y_BTD)
+
+
+def check_transformer(width: int, heads: int, dropout: float, attention: str) -> None:
+    """Raises ValueError, a sentence, if the settings of a transformer cannot be built."""
+    if heads < 1 or width % heads:
+        raise ValueError(
+            f"width {width} cannot be split among {heads} heads; "
+            "choose a width that is a multiple of heads."
+        )
+    if attention not in F.ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention {attention!r} is unknown; "
+            f"choose one of {', '.join(F.ATTENTION_IMPLEMENTATIONS)}."
+        )
+    check_dropout(dropout)
+
+
+def check_dropout(dropout: float) -> None:
+    """Raises ValueError, a sentence, unless 0 <= dropout < 1."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout {dropout} is not in [0, 1); 0 switches it off.")
