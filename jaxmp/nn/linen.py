@@ -20,11 +20,11 @@ LossFn = Callable[[Any, Mapping[str, Any], Any, Any], tuple[Array, dict[str, Any
 def init(
     model: nn.Module, rng: Array, inputs: Any, *, rngs: Sequence[str] = ("dropout",), **kwargs: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """Gives `(params, model_state)`: the collection "params", and all others ({} if there are none).
+    """Gives `(params, model_state)`: the collection "params", and the others ({} for none).
 
-    `inputs` is one batch, of which only shapes and dtypes matter. Keyword arguments go to the model,
-    which is called with `train=False` if it knows the word. Compiled, so nothing of the forward pass
-    is computed.
+    `inputs` is one batch, of which only shapes and dtypes matter. Keyword arguments go to the
+    model, which is called with `train=False` if it knows the word. Compiled, so nothing of the
+    forward pass is computed.
     """
     kwargs = {**_train_argument(model, False), **kwargs}
     keys = _keys(rng, ("params", *rngs))
@@ -40,7 +40,7 @@ def loss_from(
     rngs: Sequence[str] = ("dropout",),
     policy: Policy | None = None,
 ) -> LossFn:
-    """Gives `loss_fn(params, batch, rng, model_state) -> (loss, aux)` that runs `model` in training.
+    """Gives `loss_fn(params, batch, rng, model_state) -> (loss, aux)` that trains `model`.
 
     It stands for
 
@@ -71,7 +71,7 @@ def eval_loss_from(
     metrics: Mapping[str, Loss] | None = None,
     policy: Policy | None = None,
 ) -> LossFn:
-    """Gives what `loss_from` gives with `train=False`: nothing drawn at random, no state changed."""
+    """Gives what `loss_from` gives, with `train=False`: nothing is random, no state changes."""
     return _loss_fn(model, loss, metrics or {}, (), policy, train=False)
 
 

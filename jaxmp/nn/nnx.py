@@ -20,7 +20,7 @@ LossFn = Callable[[Any, Mapping[str, Any], Any, Any], tuple[Array, dict[str, Any
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, Any]]:
     """Gives `(graphdef, params, model_state)` of a module, the last two nested dicts of arrays.
 
-    `params` holds what is trained (`nnx.Param`), `model_state` all else: running statistics, and the
+    `params` holds what is trained (`nnx.Param`), `model_state` all else: running statistics, the
     keys and counts of random streams. `nnx.merge(graphdef, params, model_state)` is the way back.
     """
     graphdef, params, model_state = nnx.split(module, nnx.Param, ...)
@@ -30,7 +30,7 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any], dict[str, A
 def loss_from(
     graphdef: nnx.GraphDef, loss: Loss, *, metrics: Mapping[str, Loss] | None = None
 ) -> LossFn:
-    """Gives `loss_fn(params, batch, rng, model_state) -> (loss, aux)` that runs a module in training.
+    """Gives `loss_fn(params, batch, rng, model_state) -> (loss, aux)` that trains a module.
 
     It stands for
 
@@ -42,8 +42,8 @@ def loss_from(
     where each of `metrics` is a function of the same two arguments. Randomness comes from the
     module's own streams, which are part of `model_state`; `rng` is not used.
 
-    A policy's override keeps parameters in its dtype; what follows them is the module's choice (pass
-    `dtype=` when building it), since NNX has no hook around calls.
+    A policy's override keeps parameters in its dtype; what follows them is the module's choice
+    (pass `dtype=` when building it), since NNX has no hook around calls.
     """
     return _loss_fn(graphdef, loss, metrics or {}, train=True)
 
