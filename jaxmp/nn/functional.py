@@ -99,23 +99,27 @@ def _embed_jvp(primals, tangents):
 def gelu(x: Array) -> Array:
     """Gives GELU in its tanh form, computed in float32; only x is kept for the backward pass.
 
+    0.5 x (1 + tanh(u)) is written x sigmoid(2u), which does not cancel for negative x.
     Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
     """
     x32 = _wide(x)
-    return (0.5 * x32 * (1 + jnp.tanh(_gelu_argument(x32)))).astype(x.dtype)
+    return (x32 * jax.nn.sigmoid(_gelu_argument(x32))).astype(x.dtype)
+
+
+_GELU_FACTOR = 2 * math.sqrt(2 / math.pi)
 
 
 def _gelu_argument(x: Array) -> Array:
-    return math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return _GELU_FACTOR * (x + 0.044715 * x * x * x)
 
 
 @gelu.defjvp
 def _gelu_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     x32 = _wide(lax.optimization_barrier(x))
-    tanh = jnp.tanh(_gelu_argument(x32))
-    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x32 * x32)
-    slope = 0.5 * (1 + tanh) + 0.5 * x32 * (1 - tanh * tanh) * inner
+    gate = jax.nn.sigmoid(_gelu_argument(x32))
+    inner = _GELU_FACTOR * (1 + 3 * 0.044715 * x32 * x32)
+    slope = gate * (1 + x32 * (1 - gate) * inner)
     return gelu(x), (slope * _wide(dx)).astype(x.dtype)
 
 
