@@ -42,6 +42,8 @@ def loss_from(
     where each of `metrics` is a function of the same two arguments. Randomness comes from the
     module's own streams, which are part of `model_state`; `rng` is not used.
 
+    `nnx.BatchNorm` would promote 16-bit activations to the float32 of its running statistics, and
+    so all that follows; here it answers in the dtype of its input, computing in float32 inside.
     A policy's override keeps parameters in its dtype; what follows them is the module's choice
     (pass `dtype=` when building it), since NNX has no hook around calls.
     """
@@ -62,7 +64,7 @@ def _loss_fn(
         params: Any, batch: Mapping[str, Any], rng: Any = None, model_state: Any = None
     ) -> tuple[Array, dict[str, Any]]:
         del rng
-        module = nnx.merge(graphdef, params, {} if model_state is None else model_state)
+        module = _merge(graphdef, params, {} if model_state is None else model_state)
         module.train() if train else module.eval()
         outputs = module(batch["inputs"])
         if train:
@@ -75,6 +77,15 @@ def _loss_fn(
     return loss_fn
 
 
+def _merge(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> nnx.Module:
+    """The module, its BatchNorms without a dtype of their own following their input's."""
+    module = nnx.merge(graphdef, params, model_state)
+    for _, layer in nnx.iter_modules(module):
+        if isinstance(layer, nnx.BatchNorm) and layer.dtype is None:
+            layer.promote_dtype = lambda arrays, dtype=None: arrays
+    return module
+
+
 def cast_to_compute(module: nnx.Module, policy: Policy) -> nnx.Module:
     """Gives a copy of the module whose parameters are in the policy's compute dtype.
 
@@ -83,7 +94,7 @@ def cast_to_compute(module: nnx.Module, policy: Policy) -> nnx.Module:
     counts) are copied as they are; hand their new values back by `update_state`.
     """
     graphdef, params, model_state = split(module)
-    return nnx.merge(graphdef, policy.cast_to_compute(params), model_state)
+    return _merge(graphdef, policy.cast_to_compute(params), model_state)
 
 
 def update_state(module: nnx.Module, copy: nnx.Module) -> None:

@@ -67,7 +67,7 @@ def test_logits_and_statistics_are_those_of_float64(reference, perturbed, config
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
 def test_16_bit_logits_are_close(perturbed, agrees_in_16_bits, dtype):
     params, state = perturbed(ResNet(BASIC), IMAGES)
-    agrees_in_16_bits(ResNet(BASIC), params, state, IMAGES, dtype, ulps=4)
+    agrees_in_16_bits(ResNet(BASIC), params, state, IMAGES, dtype, ulps=2)
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))

@@ -50,7 +50,7 @@ def test_logits_are_those_of_float64(reference, perturbed, pool):
 def test_16_bit_logits_are_close(perturbed, agrees_in_16_bits, dtype, pool):
     model = VisionTransformer(dataclasses.replace(SMALL, pool=pool))
     params, state = perturbed(model, IMAGES)
-    agrees_in_16_bits(model, params, state, IMAGES, dtype, ulps=2)
+    agrees_in_16_bits(model, params, state, IMAGES, dtype, ulps=4)
 
 
 def test_grey_images_need_no_channel_axis():
