@@ -108,7 +108,7 @@ def _keys(rng: Array, names: Sequence[str]) -> dict[str, Array]:
     return dict(zip(names, jax.random.split(rng, len(names)))) if names else {}
 
 
-def _train_argument(model: nn.Module, train: bool) -> dict[str, bool]:
+def _train_argument(model: nn.Module, train: bool) -> dict[str, Any]:
     """The keyword argument by which this model is told whether it trains, if it has one."""
     parameters = inspect.signature(type(model).__call__).parameters
     if "train" in parameters:

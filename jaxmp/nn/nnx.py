@@ -82,8 +82,13 @@ def _merge(graphdef: nnx.GraphDef, params: Any, model_state: Any) -> nnx.Module:
     module = nnx.merge(graphdef, params, model_state)
     for _, layer in nnx.iter_modules(module):
         if isinstance(layer, nnx.BatchNorm) and layer.dtype is None:
-            layer.promote_dtype = lambda arrays, dtype=None: arrays
+            layer.promote_dtype = _as_they_are
     return module
+
+
+def _as_they_are(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    del dtype, inexact
+    return arrays
 
 
 def cast_to_compute(module: nnx.Module, policy: Policy) -> nnx.Module:
