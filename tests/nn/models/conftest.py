@@ -42,7 +42,7 @@ def agrees_in_16_bits():
         def logits(dtype):
             cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
             variables = {"params": jax.tree.map(cast, params), **model_state}
-            out = model.apply(variables, cast(inputs), train=False)
+            out = jax.jit(model.apply)(variables, cast(inputs))
             assert out.dtype == jnp.float32
             return np.asarray(out)
 
