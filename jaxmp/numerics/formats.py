@@ -27,12 +27,19 @@ import difflib
 import math
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ml_dtypes  # noqa: F401  (teaches numpy the names of the small formats)
 import numpy as np
 
 Reserved = Literal["ieee", "nan", "negative_zero", "none"]
+
+
+def check_reserved(reserved: str) -> None:
+    """Raises ValueError unless `reserved` is one of the choices that `FloatFormat` describes."""
+    allowed = get_args(Reserved)
+    if reserved not in allowed:
+        raise ValueError(f"reserved is {reserved!r}; it must be one of {', '.join(allowed)}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +61,7 @@ class FloatFormat:
     ieee754: bool = False  # an interchange format of IEEE 754
 
     def __post_init__(self):
-        allowed = Reserved.__args__
-        if self.reserved not in allowed:
-            raise ValueError(f"reserved is {self.reserved!r}; it must be one of {allowed}.")
+        check_reserved(self.reserved)
 
     @property
     def bits(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxmp.numerics.formats import Reserved, format_of
+from jaxmp.numerics.formats import Reserved, check_reserved, format_of
 
 
 def quantize(
@@ -38,7 +38,8 @@ def quantize(
       exponent_bits: 2 to 8 (11 for float64), an integer or an integer array that broadcasts to x.
       mantissa_bits: 0 to 23 (52 for float64), likewise.
       bias: default 2^(exponent_bits - 1) - 1.
-      reserved: which codes are no numbers.
+      reserved: which codes are no numbers. The full exponent width goes with "ieee" alone, since
+        float32 (float64) itself ends there.
       subnormals: False flushes what is below the smallest normal number to zero, after rounding.
       saturate: the largest number instead of inf or NaN.
 
@@ -48,6 +49,7 @@ def quantize(
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"quantize rounds floating-point arrays, but this one is {x.dtype}.")
+    check_reserved(reserved)
     container = format_of("float64" if x.dtype == jnp.float64 else "float32")
     for what, width, low, high in (
         ("exponent_bits", exponent_bits, 2, container.exponent_bits),
@@ -95,7 +97,7 @@ def _round(x, e, m, bias, reserved, subnormals, saturate):
     ulp = jnp.left_shift(1, drop)
     kept, rest = significand >> drop, 2 * (significand & (ulp - 1))
     up = (rest > ulp) | ((rest == ulp) & (kept % 2 == 1))
-    significand = (kept + up) << drop
+    significand = (kept + up.astype(e.dtype)) << drop
     result = jnp.where(significand == 0, 0, significand + ((field - 1) << width))
     if not subnormals:
         result = jnp.where(result < lowest << width, 0, result)
