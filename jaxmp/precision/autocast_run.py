@@ -1,0 +1,169 @@
+"""Run a program by its plan: cast what each operation reads, and rebuild the control flow around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmp.numerics import jaxpr as programs
+from jaxmp.precision.autocast_plan import Demand, Form, Plan, Planner, Step
+from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind
+
+_FLOAT32 = np.dtype("float32")
+
+
+class Runner:
+    """Runs plans. Values are float32 or of the low dtype, as the forms in the plan say."""
+
+    def __init__(self, planner: Planner):
+        self.planner = planner
+        self.dtype = planner.settings.dtype
+
+    def run(self, plan: Plan, args: Sequence) -> list:
+        """The outputs of a planned program, in the dtypes of their forms."""
+        jaxpr = plan.program.jaxpr
+        values: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.program.consts))
+        values.update(zip(jaxpr.invars, args))
+        for eqn, step in zip(jaxpr.eqns, plan.steps):
+            operands = [v.val if programs.is_literal(v) else values[v] for v in eqn.invars]
+            with programs.location(eqn):
+                results = self._step(eqn, step, operands)
+            values.update(zip(eqn.outvars, results))
+        outputs = [v.val if programs.is_literal(v) else values[v] for v in jaxpr.outvars]
+        return [self.fit(x, form) for x, form in zip(outputs, plan.outputs)]
+
+    def fit(self, value: Any, form: Form | None) -> Any:
+        """The value in the dtype of a form; other than float32 values have none, and stay."""
+        if form is None:
+            return value
+        dtype = self.dtype if form == Form.LOW else _FLOAT32
+        return value if value.dtype == dtype else programs.convert(value, dtype)
+
+    def _step(self, eqn: Any, step: Step, operands: list) -> list:
+        if step.call is not None:
+            operands = [self.fit(x, form) for x, form in zip(operands, step.operands)]
+            results = self._call(eqn, step, operands)
+        elif eqn.primitive.name == "convert_element_type":
+            results = [_cast(eqn, operands[0])]
+        else:
+            if step.run is not None:
+                operands = [
+                    x if form is None else self._operand(x, form, eqn, step)
+                    for x, form in zip(operands, step.operands)
+                ]
+            results = self._bind(eqn, step, operands)
+        return [self.fit(x, form) for x, form in zip(results, step.results)]
+
+    def _operand(self, x: Any, form: Form, eqn: Any, step: Step) -> Any:
+        """A float32 operand, cast. A parameter is repeated before it is cast, not after.
+
+        So the sum over the repeats, in its gradient, is a float32 sum.
+        """
+        if step.elementwise and step.run == Form.LOW and form < Form.LOW:
+            shape = eqn.outvars[0].aval.shape
+            if 0 < np.ndim(x) == len(shape) and x.shape != shape:
+                x = jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape))))
+        return self.fit(x, step.run)
+
+    def _bind(self, eqn: Any, step: Step, operands: list) -> list:
+        name = eqn.primitive.name
+        if TABLE.get(name, UNKNOWN).kind is not Kind.LOW:
+            return programs.bind(eqn, operands)
+        wide = eqn.outvars[0].aval.dtype
+        if step.run == Form.LOW and step.results[0] == Form.LOW:
+            return programs.bind(eqn, operands, preferred_element_type=self.dtype)
+        narrow = {x.dtype for x in operands if x.dtype.itemsize == 2}
+        if len(narrow) == 1 and wide == _FLOAT32 and all(x.dtype in narrow for x in operands[:2]):
+            return [_wide_product(eqn, narrow.pop(), operands)]
+        return programs.bind(eqn, operands)
+
+    def _call(self, eqn: Any, step: Step, operands: list) -> list:
+        functions = [
+            self._function(plan, step.results if body.gives_results else plan.outputs)
+            for plan, body in zip(step.plans, step.call.bodies)
+        ]
+        kind = step.call.kind
+        if kind == "custom_jvp_call":
+            return programs.with_jvp(eqn, operands, functions[0], self._jvp_rule(eqn, step))
+        if kind == "custom_vjp_call":
+            return programs.with_vjp(eqn, operands, functions[0], self._vjp_rule(step))
+        if kind == "jit":
+            return self._jit(eqn, step.plans[0], functions[0], operands)
+        return programs.rebind(eqn, step.call, operands, functions)
+
+    def _function(self, plan: Plan, results: list[Form | None]) -> Callable[..., list]:
+        """A planned program as a function of values of any dtypes, to the forms agreed on."""
+        def function(*args: Any) -> list:
+            outs = self.run(plan, [self.fit(x, form) for x, form in zip(args, plan.inputs)])
+            return [self.fit(x, form) for x, form in zip(outs, results)]
+
+        return function
+
+    def _jit(self, eqn: Any, plan: Plan, function: Callable, operands: list) -> list:
+        """A jit call: traced once for each plan and operands, however often it is called."""
+        key = tuple(jax.typeof(x) for x in operands)
+        if key not in plan.cache:
+            function.__name__ = eqn.params["name"]
+            plan.cache[key] = jax.make_jaxpr(function)(*operands)
+        return programs.rebind_jit(eqn, operands, plan.cache[key])
+
+    def _jvp_rule(self, eqn: Any, step: Step) -> Callable:
+        moved = [f for f, v in zip(step.results, eqn.outvars) if programs.is_inexact(v.aval)]
+        forms = [*step.results, *moved]
+
+        def run_rule(program: programs.Program, values: Sequence) -> list:
+            outs = self.rerun(program, values)
+            return [self.fit(x, form) for x, form in zip(outs, forms)]
+
+        return run_rule
+
+    def _vjp_rule(self, step: Step) -> Callable:
+        def run_rule(program: programs.Program, values: Sequence, outputs: Sequence) -> list:
+            outs = self.rerun(program, values)
+            cast = [x if x.dtype == d else programs.convert(x, d) for x, d in zip(outs, outputs)]
+            return [*cast, *outs[len(cast) :]]
+
+        return run_rule
+
+    def rerun(self, program: programs.Program, args: Sequence) -> list:
+        """A program on values that already have the dtypes of their forms."""
+        inputs = []
+        for value, variable in zip(args, program.jaxpr.invars):
+            low = value.dtype == self.dtype
+            form = Form.LOW if low else Form.OPEN if value.size == 1 else Form.FREE
+            inputs.append(form if programs.is_float32(variable) else None)
+        demands = [Demand(0)] * len(program.jaxpr.outvars)
+        return self.run(self.planner.plan(program, inputs, demands), args)
+
+
+def _cast(eqn: Any, x: Any) -> Any:
+    """An explicit cast of the user's program, which may have become superfluous."""
+    dtype = eqn.params["new_dtype"]
+    wide = dtype == _FLOAT32 and eqn.invars[0].aval.dtype == _FLOAT32
+    return x if x.dtype == dtype or wide else programs.bind(eqn, [x])[0]
+
+
+def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:
+    """A product of 16-bit operands that yields float32, with 16-bit products in its derivative.
+
+    JAX's own transpose would multiply the float32 cotangent by the 16-bit operand, which compiles
+    to a float32 product. Here the tangent is the sum of 16-bit products, cast up.
+    """
+
+    @jax.custom_jvp
+    def product(a: jax.Array, b: jax.Array) -> jax.Array:
+        return programs.bind(eqn, [a, b, *operands[2:]])[0]
+
+    @product.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        (a, b), (da, db) = primals, tangents
+        parts = [
+            programs.bind(eqn, [x, y, *operands[2:]], preferred_element_type=narrow)[0]
+            for x, y in ((da, b), (a, db))
+        ]
+        return product(a, b), sum(part.astype(_FLOAT32) for part in parts)
+
+    return product(*operands[:2])
