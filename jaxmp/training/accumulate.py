@@ -1,0 +1,58 @@
+"""Gradient accumulation: one large batch as several small ones, summed in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxmp.numerics import tree as trees
+
+# (microbatch, its index, model_state) -> (metrics, gradients, model_state)
+MicroStep = Callable[[Any, jax.Array | int, Any], tuple[Any, Any, Any]]
+
+
+def accumulate(
+    micro_step: MicroStep, batch: Any, model_state: Any, parts: int
+) -> tuple[Any, Any, Any]:
+    """Means over `parts` microbatches of the metrics and gradients, and the last model state.
+
+    Gradients are summed in float32, so that 16-bit ones do not lose small terms, and one infinity in
+    one microbatch shows in the result. The mean of means equals the mean over the batch when each
+    example weighs the same. `model_state` passes from one microbatch to the next.
+
+    Raises:
+      ValueError: the leading axis of a leaf of the batch is not divisible by `parts`.
+    """
+    if parts == 1:
+        metrics, gradients, model_state = micro_step(batch, 0, model_state)
+        return metrics, trees.cast_floating(gradients, jnp.float32), model_state
+
+    def body(carry: Any, micro: Any) -> Any:
+        total, model_state = carry
+        metrics, gradients, model_state = micro_step(*micro, model_state)
+        add = lambda t, g: t + g.astype(jnp.float32)
+        return (jax.tree.map(add, total, gradients), model_state), metrics
+
+    split = jax.tree.map(lambda x: _split(x, parts), batch)
+    first = jax.tree.map(lambda x: x[0], split)
+    shapes = jax.eval_shape(micro_step, first, 0, model_state)[1]
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    xs = (split, jnp.arange(parts))
+    (total, model_state), metrics = jax.lax.scan(body, (zeros, model_state), xs)
+    mean = lambda m: jnp.mean(m.astype(jnp.promote_types(m.dtype, jnp.float32)), axis=0)
+    gradients = jax.tree.map(lambda t: t / parts, total)
+    return jax.tree.map(mean, metrics), gradients, model_state
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    size = x.shape[0] if x.ndim else 1
+    if size % parts:
+        raise ValueError(
+            f"A batch of {size} examples cannot be accumulated in {parts} equal parts: choose a "
+            f"batch size divisible by {parts}, or another number of parts."
+        )
+    # Every part takes each parts-th example: a batch sharded over devices stays spread over all.
+    return x.reshape(size // parts, parts, *x.shape[1:]).swapaxes(0, 1)

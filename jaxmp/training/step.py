@@ -1,0 +1,237 @@
+"""One pure training step: cast, scale, differentiate, update, or skip as a whole."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxmp.numerics import tree as trees
+from jaxmp.optim import scaling
+from jaxmp.precision import policy as policies
+from jaxmp.training import accumulate as accumulation
+from jaxmp.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[..., Any]
+
+# What a batch usually calls the part that the model eats.
+INPUT_NAMES = ("inputs", "input", "x", "image", "images", "features", "pixel_values")
+DEFAULT_POLICY = "params=float32,compute=bfloat16,output=float32"
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    policy: policies.Policy | str = DEFAULT_POLICY,
+    accumulate: int = 1,
+    *,
+    inputs: Sequence[str] | None = None,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """A pure function `step(state, batch) -> (state, metrics)`; compile it with `jit_step`.
+
+    The step casts the float32 master parameters and the batch's inputs to the policy's compute dtype,
+    multiplies the loss by the loss scale found in the optimizer state, differentiates, and hands the
+    gradients to `tx`. If the loss or a gradient is not finite, the step is skipped for everything:
+    parameters, optimizer (moments, schedule, averages), model state and step count keep their bits;
+    only the loss scale and its counters move.
+
+    Args:
+      loss_fn: `loss_fn(params, batch)`, optionally with a third parameter for a PRNG key and one named
+        `model_state`. Returns a scalar loss, or `(loss, aux)` with a dict of scalar metrics; with
+        `model_state`, its successor stands in `aux["model_state"]`.
+      tx: any optax transformation. Wrap it in `optim.with_loss_scale` for float16; `optim.adamw`,
+        `optim.sgd` and `optim.recipe` are wrapped.
+      policy: a policy or its string.
+      accumulate: how many microbatches the batch is cut into, their gradients averaged in float32.
+      inputs: the entries of the batch to cast; by default those in `INPUT_NAMES`, or the first of a
+        tuple. Labels, masks, indices and keys are never cast.
+
+    The metrics are scalars: `loss` (without scale), `grad_norm` (without scale, before clipping),
+    `loss_scale` (the one used in this step), `finite`, `skipped`, and those of `loss_fn`.
+    """
+    gradients_of = _gradients_of(loss_fn, policies.as_policy(policy), accumulate, inputs)
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        scale_state = scaling.loss_scale_state_of(state.opt_state)
+        scale = scaling.loss_scale_of(state.opt_state)
+        rng = jax.random.fold_in(state.rng, state.step)
+        metrics, grads, model_state = gradients_of(
+            state.params, batch, rng, state.model_state, scale
+        )
+        loss = metrics["loss"]
+        # The transformation does the same to the same gradients; compiled, it is done once.
+        unscaled = grads if scale_state is None else scale_state.loss_scale.unscale(grads)
+        norm, finite = trees.norm_and_finite(unscaled)
+        applied = finite & jnp.isfinite(loss)
+        updates, opt_state = optax.with_extra_args_support(tx).update(
+            grads, state.opt_state, state.params, value=loss
+        )
+        new_state = state.replace(
+            step=state.step + applied,
+            params=trees.select_tree(
+                applied, optax.apply_updates(state.params, updates), state.params
+            ),
+            opt_state=scaling.hold_unless(applied, opt_state, state.opt_state),
+            model_state=trees.select_tree(applied, model_state, state.model_state),
+        )
+        metrics |= {
+            "grad_norm": norm,
+            "loss_scale": scale,
+            "finite": applied,
+            "skipped": ~applied,
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step compiled once, its state donated: the new state takes the old one's memory."""
+    return jax.jit(step, donate_argnums=0)
+
+
+def make_eval_step(
+    loss_fn: LossFn,
+    policy: policies.Policy | str = DEFAULT_POLICY,
+    *,
+    inputs: Sequence[str] | None = None,
+) -> Callable[[TrainState, Any], Metrics]:
+    """A pure function `evaluate(state, batch) -> metrics`, in the arithmetic of training.
+
+    `loss_fn` is of the form that `make_train_step` takes; what it does to the model state is dropped.
+    """
+    policy = policies.as_policy(policy)
+    call = _normalised(loss_fn)
+
+    def eval_step(state: TrainState, batch: Any) -> Metrics:
+        params = policy.cast_to_compute(state.params)
+        batch = cast_inputs(batch, policy, inputs)
+        loss, aux, _ = call(params, batch, state.rng, state.model_state)
+        return {"loss": loss, **aux}
+
+    return eval_step
+
+
+def value_and_grad(
+    loss_fn: LossFn,
+    policy: policies.Policy | str = DEFAULT_POLICY,
+    *,
+    has_aux: bool = False,
+    accumulate: int = 1,
+    inputs: Sequence[str] | None = None,
+) -> Callable[..., tuple[Any, Any]]:
+    """`jax.value_and_grad` under a policy, for those who write their own step.
+
+    The result is called `f(params, batch, rng=None, model_state=None, *, scale=1.0)` with float32
+    parameters. It returns the loss without scale (with `has_aux`, a pair of it and the aux dict) and
+    float32 gradients of the loss times `scale`: pass `scale=loss_scale_of(opt_state)`, and the
+    gradients on to a transformation wrapped in `with_loss_scale`, which divides them.
+    Arguments are those of `make_train_step`.
+    """
+    gradients_of = _gradients_of(loss_fn, policies.as_policy(policy), accumulate, inputs)
+
+    def value_and_grad_fn(
+        params: Any, batch: Any, rng: Any = None, model_state: Any = None, *, scale: Any = 1.0
+    ) -> tuple[Any, Any]:
+        metrics, grads, new_model_state = gradients_of(params, batch, rng, model_state, scale)
+        loss = metrics.pop("loss")
+        if model_state is not None:
+            metrics["model_state"] = new_model_state
+        return ((loss, metrics) if has_aux else loss), grads
+
+    return value_and_grad_fn
+
+
+def cast_inputs(
+    batch: Any, policy: policies.Policy, inputs: Sequence[str] | None = None
+) -> Any:
+    """The batch with what the model eats in the compute dtype, and the rest as it is.
+
+    Raises:
+      ValueError: a mapping with floating-point entries, none of them known as an input.
+    """
+    cast = lambda tree: trees.cast_floating(tree, policy.compute_dtype)
+    if isinstance(batch, Mapping):
+        names = [n for n in (INPUT_NAMES if inputs is None else inputs) if n in batch]
+        floating = [n for n, v in batch.items() if any(map(trees.is_floating, jax.tree.leaves(v)))]
+        if floating and not names:
+            raise ValueError(
+                f"The batch has the floating-point entries {', '.join(map(repr, floating))}, and none "
+                f"is known to be the model's input ({', '.join(inputs or INPUT_NAMES)}): name those "
+                f"to cast, as in inputs=({floating[0]!r},), or inputs=() with names of none."
+                if inputs is None
+                else f"The batch has no entry named {', '.join(map(repr, inputs))}: it has "
+                f"{', '.join(map(repr, batch))}."
+            )
+        return {name: cast(value) if name in names else value for name, value in batch.items()}
+    if isinstance(batch, tuple) and not hasattr(batch, "_fields"):
+        return (cast(batch[0]), *batch[1:])
+    return cast(batch)
+
+
+def _gradients_of(
+    loss_fn: LossFn, policy: policies.Policy, parts: int, inputs: Sequence[str] | None
+) -> Callable[..., tuple[Metrics, Any, Any]]:
+    """A function of `(params, batch, rng, model_state, scale)` giving metrics, gradients, model state.
+
+    Gradients are taken at the cast parameters and widened afterwards, which is what differentiating
+    through the cast does; so the cast is done once, not in every microbatch, and what crosses devices
+    before the widening is 16-bit.
+    """
+    call = _normalised(loss_fn)
+
+    def gradients_of(
+        params: Any, batch: Any, rng: Any, model_state: Any, scale: Any
+    ) -> tuple[Metrics, Any, Any]:
+        compute_params = policy.cast_to_compute(params)
+
+        def micro_step(micro: Any, index: Any, model_state: Any) -> tuple[Metrics, Any, Any]:
+            key = rng if rng is None or parts == 1 else jax.random.fold_in(rng, index)
+
+            def scaled_loss(compute_params: Any) -> tuple[jax.Array, Any]:
+                loss, aux, new_state = call(compute_params, micro, key, model_state)
+                return loss * scale, ({"loss": loss, **aux}, new_state)
+
+            grads, (metrics, new_state) = jax.grad(scaled_loss, has_aux=True)(compute_params)
+            return metrics, grads, new_state
+
+        cast_batch = cast_inputs(batch, policy, inputs)
+        return accumulation.accumulate(micro_step, cast_batch, model_state, parts)
+
+    return gradients_of
+
+
+def _normalised(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, Any], Any]]:
+    """`loss_fn` as a function of all four arguments returning `(float32 loss, metrics, model_state)`."""
+    parameters = list(inspect.signature(loss_fn).parameters.values())
+    takes_state = any(p.name == "model_state" for p in parameters)
+    positional = [
+        p
+        for p in parameters
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name != "model_state"
+    ]
+    takes_rng = len(positional) > 2 or any(p.kind == p.VAR_POSITIONAL for p in parameters)
+
+    def call(params: Any, batch: Any, rng: Any, model_state: Any) -> Any:
+        arguments = (params, batch, rng) if takes_rng else (params, batch)
+        out = loss_fn(*arguments, **({"model_state": model_state} if takes_state else {}))
+        loss, aux = out if isinstance(out, tuple) else (out, {})
+        if jnp.shape(loss) != ():
+            raise ValueError(
+                f"loss_fn returned a loss of shape {jnp.shape(loss)}, expected a scalar: take its "
+                "mean, or return (loss, aux)."
+            )
+        aux = dict(aux)
+        if takes_state and "model_state" not in aux:
+            raise ValueError(
+                "loss_fn takes model_state but did not return its successor: return "
+                '(loss, {"model_state": new_model_state, ...}).'
+            )
+        return jnp.asarray(loss, jnp.float32), aux, aux.pop("model_state", model_state)
+
+    return call
