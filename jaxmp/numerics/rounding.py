@@ -118,4 +118,5 @@ def _round(x, e, m, bias, reserved, subnormals, saturate):
 
 @_round.defjvp
 def _round_jvp(reserved, subnormals, saturate, primals, tangents):
-    return _round(*primals, reserved, subnormals, saturate), tangents[0]
+    x, e, m, bias = primals
+    return _round(x, e, m, bias, reserved, subnormals, saturate), tangents[0]
