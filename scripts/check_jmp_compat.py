@@ -70,13 +70,14 @@ def stand_in_for_jmp() -> None:
     import jaxmp
 
     public = {name: value for name, value in vars(jaxmp).items() if not name.startswith("_")}
+    loss_scale = types.ModuleType("jmp._src.loss_scale")
+    policy = types.ModuleType("jmp._src.policy")
     package = types.ModuleType("jmp._src")
-    package.loss_scale = types.ModuleType("jmp._src.loss_scale")
-    package.policy = types.ModuleType("jmp._src.policy")
-    vars(package.loss_scale).update(public)
-    vars(package.policy).update(public, dtype_to_names=names)
+    vars(loss_scale).update(public)
+    vars(policy).update(public, dtype_to_names=names)
+    vars(package).update(loss_scale=loss_scale, policy=policy)
     sys.modules["jmp"] = jaxmp
-    sys.modules |= {m.__name__: m for m in (package, package.loss_scale, package.policy)}
+    sys.modules |= {module.__name__: module for module in (package, loss_scale, policy)}
 
 
 def _load(name: str, wheel: str, path: str) -> types.ModuleType:
