@@ -331,7 +331,7 @@ def with_jvp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
     def rule(*values: Any) -> list:
         primals, tangents = values[: len(args)], values[len(args) :]
         moving = _of_inexact(eqn, primals, inexact, inexact_out)
-        _, moved, outs = jax.jvp(moving, _at(primals, inexact), tangents, has_aux=True)
+        _, moved, outs = jax.jvp(moving, _at(primals, inexact), list(tangents), has_aux=True)
         return [*outs, *moved]
 
     @jax.custom_jvp

@@ -301,7 +301,7 @@ class Planner:
         elif kind is Kind.FLOAT32:
             run, form = Form.FULL, _made(Form.FULL, demand)
         else:
-            run, form, why = self._widest(eqn, kind, operands, demand)
+            run, form, why = self._widest(eqn, kind, operands, demand, scope)
             reason = why or reason
         results = _fit([form] * len(eqn.outvars), eqn)
         step = Step(run, results, reason, scope, operands=operands)
@@ -309,7 +309,7 @@ class Planner:
         return step
 
     def _widest(
-        self, eqn: Any, kind: Kind, operands: list[Form | None], demand: Demand
+        self, eqn: Any, kind: Kind, operands: list[Form | None], demand: Demand, scope: str
     ) -> tuple[Form, Form, str]:
         """How to run, and what results, where operands decide."""
         present = [f for f in operands if f is not None] or [Form.OPEN]
@@ -321,7 +321,7 @@ class Planner:
             ):
                 return Form.FULL, Form.FULL, _REASONS["master"]
             awaited = demand & (Demand.FLOAT32 | Demand.OUTPUT) and not demand & _PRODUCT
-            if awaited and not moves:
+            if awaited and not moves and self._override(scope) != self.settings.dtype:
                 return Form.FULL, Form.FULL, _REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
