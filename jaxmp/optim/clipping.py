@@ -71,4 +71,6 @@ def _unit_norm(x: jax.Array) -> jax.Array:
 
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ValueError(f"{name} expects a limit above 0, got {value!r}. Leave it out to not clip.")
+        raise ValueError(
+            f"{name} expects a limit above 0, got {value!r}. Leave it out to not clip."
+        )

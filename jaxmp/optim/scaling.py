@@ -74,7 +74,7 @@ def with_loss_scale(
             jax.tree.map(lambda u: jnp.where(applied, u, jnp.zeros_like(u)), new_updates),
             LossScaleState(
                 loss_scale=trees.select_tree(forward_finite, adjusted, state.loss_scale),
-                skipped=state.skipped + ~applied,
+                skipped=state.skipped + jnp.int32(~applied),
                 skipped_in_a_row=jnp.where(applied, 0, state.skipped_in_a_row + 1),
                 inner_state=trees.select_tree(applied, new_inner, state.inner_state),
             ),

@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.numerics import tree as trees
-
 T = TypeVar("T")
 
 

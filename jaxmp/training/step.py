@@ -72,7 +72,7 @@ def make_train_step(
             grads, state.opt_state, state.params, value=loss
         )
         new_state = state.replace(
-            step=state.step + applied,
+            step=state.step + jnp.int32(applied),
             params=trees.select_tree(
                 applied, optax.apply_updates(state.params, updates), state.params
             ),
@@ -147,9 +147,7 @@ def value_and_grad(
     return value_and_grad_fn
 
 
-def cast_inputs(
-    batch: Any, policy: policies.Policy, inputs: Sequence[str] | None = None
-) -> Any:
+def cast_inputs(batch: Any, policy: policies.Policy, inputs: Sequence[str] | None = None) -> Any:
     """The batch with what the model eats in the compute dtype, and the rest as it is.
 
     Raises:
