@@ -1,4 +1,4 @@
-"""The house stands: imports go down only, names are honest, importing costs little and starts nothing."""
+"""The house stands: imports go down only, files are short, importing is cheap and starts nothing."""
 
 import ast
 import pathlib

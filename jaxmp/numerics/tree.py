@@ -96,7 +96,8 @@ def norm_and_finite(tree: Any) -> tuple[jax.Array, jax.Array]:
 def _squares(leaf: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Float32 sums of squares of the leaf scaled down, as it is, and scaled up."""
     x = jnp.asarray(leaf).astype(jnp.float32)
-    return tuple(jnp.sum(jnp.square(x * factor)) for factor in (1.0 / _FAR, 1.0, _FAR))
+    down, plain, up = (jnp.sum(jnp.square(x * factor)) for factor in (1.0 / _FAR, 1.0, _FAR))
+    return down, plain, up
 
 
 def global_norm(tree: Any) -> jax.Array:

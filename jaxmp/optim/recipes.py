@@ -122,7 +122,7 @@ def params_ema(decay: float) -> optax.GradientTransformation:
         # A copy, since a donated state may not hold one buffer twice.
         return EmaState(jax.tree.map(lambda p: jnp.array(p, copy=True), params))
 
-    def update_fn(updates: Any, state: EmaState, params: Any = None) -> tuple[Any, EmaState]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         average = lambda e, p, u: decay * e + (1 - decay) * (p + u)
         return updates, EmaState(jax.tree.map(average, state.ema, params, updates))
 

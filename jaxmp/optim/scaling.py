@@ -46,7 +46,7 @@ def with_loss_scale(
     inner = optax.with_extra_args_support(inner)
     loss_scale = scales.NoOpLossScale() if loss_scale is None else loss_scale
 
-    def init_fn(params: Any) -> LossScaleState:
+    def init_fn(params: Any) -> Any:
         # One buffer each: a donated state may not hold the same buffer twice.
         start = jax.tree.map(lambda x: jnp.array(x, copy=True), loss_scale)
         zero = lambda: jnp.zeros([], jnp.int32)
@@ -54,12 +54,12 @@ def with_loss_scale(
 
     def update_fn(
         updates: Any,
-        state: LossScaleState,
+        state: Any,
         params: Any = None,
         *,
         value: jax.Array | None = None,
         **extra_args: Any,
-    ) -> tuple[Any, LossScaleState]:
+    ) -> tuple[Any, Any]:
         unscaled = state.loss_scale.unscale(updates)
         # The compiler merges this norm with the one that a clip in `inner` computes of the same
         # gradients, so the check costs no second pass over them.

@@ -61,7 +61,9 @@ def warmup_stable_decay(
     return _after_warmup(peak, warmup, start, fall)
 
 
-def _after_warmup(peak: float, warmup: int, start: float, decay: Schedule) -> Schedule:
+def _after_warmup(
+    peak: float, warmup: int, start: float, decay: Callable[[jax.Array], jax.Array]
+) -> Schedule:
     if warmup < 0:
         raise ValueError(f"A warm-up lasts 0 steps or more, got {warmup}.")
 

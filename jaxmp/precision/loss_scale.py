@@ -7,6 +7,7 @@ S is a power of two. (Micikevicius et al. 2018, arXiv 1710.03740.)
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from typing import Any, TypeVar
 
@@ -133,7 +134,8 @@ class DynamicLossScale:
         raised = jnp.where(scale * self.factor <= self.max_loss_scale, scale * self.factor, scale)
         lowered = jnp.maximum(scale / self.factor, self.min_loss_scale)
         counter = jnp.where(grads_finite, good, bad)
-        return self.replace(
+        return dataclasses.replace(
+            self,
             loss_scale=jnp.where(grow, raised, jnp.where(shrink, lowered, scale)),
             counter=jnp.where(grow | shrink, 0, counter).astype(jnp.int32),
         )

@@ -129,7 +129,7 @@ def get_policy(policy_name: str) -> Policy:
             )
     param, compute, output = dtypes
     compute = compute or param
-    return Policy(param, compute, output or compute, overrides=overrides)
+    return Policy(param, compute, output or compute, overrides=tuple(overrides))
 
 
 def as_policy(policy: Policy | str) -> Policy:
@@ -174,6 +174,6 @@ def half_dtype(platform: str | None = None) -> Any:
     finds, which starts its backend.
     """
     if platform is None:
-        configured = jax.config.jax_platforms
+        configured = getattr(jax.config, "jax_platforms", None)
         platform = configured.split(",")[0] if configured else jax.default_backend()
     return jnp.bfloat16 if platform == "tpu" else jnp.float16

@@ -32,7 +32,8 @@ def accumulate(
 
     def body(carry: Any, micro: Any) -> Any:
         total, model_state = carry
-        metrics, gradients, model_state = micro_step(*micro, model_state)
+        examples, index = micro
+        metrics, gradients, model_state = micro_step(examples, index, model_state)
         add = lambda t, g: t + g.astype(jnp.float32)
         return (jax.tree.map(add, total, gradients), model_state), metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -71,7 +72,8 @@ def make_train_step(
         updates, opt_state = optax.with_extra_args_support(tx).update(
             grads, state.opt_state, state.params, value=loss
         )
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + jnp.int32(applied),
             params=trees.select_tree(
                 applied, optax.apply_updates(state.params, updates), state.params
@@ -177,9 +179,9 @@ def _gradients_of(
 ) -> Callable[..., tuple[Metrics, Any, Any]]:
     """A function of `(params, batch, rng, model_state, scale)` giving metrics, gradients, model state.
 
-    Gradients are taken at the cast parameters and widened afterwards, which is what differentiating
-    through the cast does; so the cast is done once, not in every microbatch, and what crosses devices
-    before the widening is 16-bit.
+    Gradients are taken at the cast parameters and widened afterwards, which is what
+    differentiating through the cast does; so the cast is done once, not in every microbatch, and
+    what crosses devices before the widening is 16-bit.
     """
     call = _normalised(loss_fn)
 
@@ -205,7 +207,7 @@ def _gradients_of(
 
 
 def _normalised(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, Any], Any]]:
-    """`loss_fn` as a function of all four arguments returning `(float32 loss, metrics, model_state)`."""
+    """`loss_fn` with all four arguments, returning `(float32 loss, metrics, model_state)`."""
     parameters = list(inspect.signature(loss_fn).parameters.values())
     takes_state = any(p.name == "model_state" for p in parameters)
     positional = [

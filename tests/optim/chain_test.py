@@ -23,7 +23,7 @@ def run(tx, params, grads, steps):
 
 
 def test_decoupled_decay_is_a_product_whatever_adam_does():
-    """With a zero gradient, w_T / w_0 = prod(1 - rate_t * decay); L2 inside Adam would move by rate."""
+    """At zero gradient w_T / w_0 = prod(1 - rate_t * decay); L2 inside Adam moves by the rate."""
     rate = optim.warmup_cosine(1e-2, 50, 10)
     params = {"w": jnp.ones((2, 2))}
     got, _ = run(optim.adamw(rate, weight_decay=0.1), params, {"w": jnp.zeros((2, 2))}, 50)
