@@ -1,0 +1,17 @@
+"""Ten plays of Shakespeare, byte by byte, with a small GPT in float16 with dynamic loss scaling.
+
+Trains: what text_gpt_bfloat16 trains, forward and backward in float16.
+Command: python scripts/train.py configs/text_gpt_float16.py
+Hardware and time: two CPU cores, half a minute.
+Expected: 2.02 nats a byte on the held-out text, as in the other precisions to within 0.02.
+"""
+
+import dataclasses
+
+from configs import text_gpt_bfloat16
+from jaxmp.run.config import Config
+
+
+def get_config() -> Config:
+    """The experiment."""
+    return dataclasses.replace(text_gpt_bfloat16.get_config(), policy="mixed_float16")

@@ -1,0 +1,169 @@
+"""From a config to the parts of a run: model, loss, optimizer, data, and the two compiled functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxmp import nn, optim, training
+from jaxmp.nn import functional as F
+from jaxmp.nn.models.gpt import GPT, GPTConfig
+from jaxmp.nn.models.mlp import MLP, MLPConfig
+from jaxmp.nn.models.resnet import ResNet, ResNetConfig
+from jaxmp.nn.models.vit import VisionTransformer, ViTConfig
+from jaxmp.precision.policy import Policy
+from jaxmp.run import config as configs
+from jaxmp.run import data
+from jaxmp.run.config import Config, ConfigError
+
+MODULES = {MLPConfig: MLP, ViTConfig: VisionTransformer, ResNetConfig: ResNet, GPTConfig: GPT}
+"""The module that each model config describes."""
+
+Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The parts of a run, built but not started."""
+
+    config: Config
+    policy: Policy
+    source: data.Source
+    init: Callable[[], training.TrainState]
+    """Gives the state before the first step."""
+    step: Step
+    """The pure training step, not compiled."""
+    evaluate: Callable[[Any, Any], dict[str, jax.Array]]
+    """The pure evaluation of one batch, not compiled: metrics averaged over its rows."""
+
+
+def build(config: Config) -> Experiment:
+    """The parts of the run that `config` describes. Raises ConfigError."""
+    policy = configs.policy_of(config)
+    try:
+        source = data.load(config.data, config.batch_size, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    model = MODULES[type(config.model)](config.model)
+    schedule = schedule_of(config)
+    tx = transformation(config, schedule)
+    scored = {"metrics": {"accuracy": F.accuracy}, "policy": policy}
+    train_loss = nn.linen.loss_from(model, replicated_loss(config.replicas), **scored)
+    eval_loss = nn.linen.eval_loss_from(model, F.softmax_cross_entropy, **scored)
+    example = jax.tree.map(lambda x: x[:1], source.validation[0]["inputs"])
+
+    def init() -> training.TrainState:
+        params_key, run_key = jax.random.split(jax.random.key(config.seed))
+        params, model_state = nn.linen.init(model, params_key, example)
+        return training.TrainState.create(params, tx, model_state=model_state, rng=run_key)
+
+    train_step = training.make_train_step(train_loss, tx, policy, config.accumulate)
+    return Experiment(
+        config=config,
+        policy=policy,
+        source=source,
+        init=init,
+        step=logged_step(train_step, schedule, config.replicas),
+        evaluate=_evaluation(training.make_eval_step(eval_loss, policy)),
+    )
+
+
+def schedule_of(config: Config) -> Callable[[Any], jax.Array]:
+    """The learning rate as a function of the updates applied so far."""
+    rate, steps = config.optimizer, config.steps
+    if rate.schedule == "cosine":
+        return optim.warmup_cosine(rate.learning_rate, steps, rate.warmup)
+    if rate.schedule == "rsqrt":
+        return optim.warmup_rsqrt(rate.learning_rate, rate.warmup)
+    if rate.schedule == "constant":
+        return optim.warmup_constant(rate.learning_rate, rate.warmup)
+    decay_steps = rate.decay_steps or max(1, min(steps // 5, steps - rate.warmup))
+    return optim.warmup_stable_decay(rate.learning_rate, steps, rate.warmup, decay_steps)
+
+
+def transformation(
+    config: Config, schedule: Callable[[Any], jax.Array]
+) -> optax.GradientTransformationExtraArgs:
+    """The optax chain of the config: replicas' sum, unscaling and guard, clipping, optimizer, decay."""
+    settings = config.optimizer
+    shared: dict[str, Any] = {
+        "weight_decay": settings.weight_decay,
+        "clip": settings.clip or None,
+        "ema": settings.ema or None,
+        "loss_scale": configs.loss_scale_of(config),
+    }
+    if settings.name == "sgd":
+        chain = optim.sgd(schedule, momentum=settings.momentum, **shared)
+    else:
+        chain = optim.adamw(schedule, b1=settings.b1, b2=settings.b2, eps=settings.eps, **shared)
+    if config.replicas == 1:
+        return chain
+    # What an all-reduce over the replicas would do to the float32 gradients, still scaled: add equals up.
+    return optax.chain(optax.scale(float(config.replicas)), chain)
+
+
+def replicated_loss(replicas: int) -> Callable[[Any, Any], jax.Array]:
+    """Cross-entropy whose gradient is that of one of `replicas` identical workers averaging their losses.
+
+    Forward nothing changes. Backward, the cotangent of the logits is at most 1 / (batch * replicas): with
+    2^25 examples or more every float16 cotangent rounds to zero unless the loss is scaled.
+    """
+    if replicas == 1:
+        return F.softmax_cross_entropy
+    return lambda logits, targets: F.softmax_cross_entropy(F.scale_gradient(logits, 1 / replicas), targets)
+
+
+def logged_step(step: Step, schedule: Callable[[Any], jax.Array], replicas: int) -> Step:
+    """The step with `learning_rate` among its metrics, and `grad_norm` of the sum over replicas."""
+
+    def logged(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
+        new_state, metrics = step(state, batch)
+        del metrics["finite"]  # the opposite of `skipped`
+        metrics["learning_rate"] = schedule(state.step)
+        metrics["grad_norm"] = metrics["grad_norm"] * replicas
+        return new_state, metrics
+
+    return logged
+
+
+def _evaluation(evaluate: Callable[[Any, Any], dict[str, jax.Array]]) -> Callable[..., dict[str, jax.Array]]:
+    """`evaluate`, and the same with `ema_` in front for the averaged parameters where they are kept."""
+
+    def both(state: Any, batch: Any) -> dict[str, jax.Array]:
+        metrics = evaluate(state, batch)
+        average = optim.ema_of(state.opt_state)
+        if average is not None:
+            smooth = evaluate(state.replace(params=average), batch)
+            metrics |= {f"ema_{key}": smooth[key] for key in metrics}
+        return metrics
+
+    return both
+
+
+def compile_step(experiment: Experiment) -> tuple[Any, Step]:
+    """(abstract state, the step compiled once with its state donated).
+
+    What the model refuses at its tracing, such as a patch that does not divide the image or an override
+    that matches nothing, comes back as ConfigError.
+    """
+    abstract = jax.eval_shape(experiment.init)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0))
+    try:
+        return abstract, training.jit_step(experiment.step).lower(abstract, batch).compile()
+    except ValueError as error:
+        key = "overrides" if "override" in str(error) else "model"
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def evaluate_all(evaluate: Callable[..., dict[str, jax.Array]], state: Any, batches: tuple) -> dict[str, float]:
+    """Metrics averaged over all rows of the batches, as floats."""
+    results = [evaluate(state, batch) for batch in batches]
+    weights = np.array([len(batch["targets"]) for batch in batches], np.float64)
+    return {
+        key: float(np.average([float(r[key]) for r in results], weights=weights)) for key in results[0]
+    }

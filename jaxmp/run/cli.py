@@ -1,0 +1,220 @@
+"""The command line: `train.py configs/NAME.py [--dotted.overrides ...]`.
+
+Exit codes: 0 finished, 1 given up by the run itself, 2 a user's mistake, 75 saved on a signal (run again to go on).
+A mistake is told in a few lines that name the setting and what to write instead, without a traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import io
+import os
+import pathlib
+import platform
+import re
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from jaxmp.run import config as configs
+from jaxmp.run import loop, signals, validate
+from jaxmp.run.checkpoint import CheckpointError
+from jaxmp.run.config import Config, ConfigError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+USAGE = """usage: train.py configs/NAME.py [--setting VALUE ...]
+
+Trains the experiment of a config file, or resumes it: the same command goes on where the run stopped.
+  train.py configs/NAME.py --help              all settings of that experiment
+  train.py configs/NAME.py --steps 500 --optimizer.learning_rate 3e-3 --workdir runs/try"""
+
+_HELP = ("-h", "--help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains what the command line asks for; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    with signals.listening() as stop:
+        try:
+            config, name = parse(arguments)
+            use_compilation_cache()
+            outcome = loop.train(config, name=name, stop=stop)
+        except ConfigError as error:
+            print(f"error: {shorten(str(error))}", file=sys.stderr)
+            return EXIT_USAGE
+        except CheckpointError as error:
+            print(f"error: {shorten(str(error))}", file=sys.stderr)
+            return EXIT_FAILED
+        stream = sys.stderr if outcome.exit_code == 1 else sys.stdout
+        print(f"{name}: {outcome.message}", file=stream, flush=True)
+        return outcome.exit_code
+
+
+def parse(arguments: Sequence[str]) -> tuple[Config, str]:
+    """(config with the command line's overrides, its name). Raises ConfigError, or SystemExit(0) for help."""
+    if not arguments or arguments[0] in _HELP:
+        print(USAGE)
+        raise SystemExit(0 if arguments else EXIT_USAGE)
+    path, *overrides = arguments
+    if path.startswith("-"):
+        raise ConfigError(f"the config file comes first, before {path}; write train.py configs/NAME.py {path} …")
+    config = load(pathlib.Path(path))
+    config = override(config, overrides)
+    validate.check(config)
+    return config, pathlib.Path(path).stem
+
+
+def load(path: pathlib.Path) -> Config:
+    """What `get_config()` of the file returns, checked. Raises ConfigError."""
+    if not path.is_file():
+        names = {str(p): p for p in sorted(path.parent.glob("*.py")) if p.parent.is_dir()}
+        near = difflib.get_close_matches(str(path), names, n=1) or list(names)[:1]
+        raise ConfigError(
+            f"the config file {path} does not exist; " + (f"did you mean {near[0]}?" if near else "check its path.")
+        )
+    with _mistakes_in(path):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"the config file {path} is not a Python file; its name must end in .py.")
+        module = importlib.util.module_from_spec(spec)
+        # A config may build on another: `from configs import digits_vit_float32`.
+        sys.path.insert(0, str(path.resolve().parent.parent))
+        try:
+            spec.loader.exec_module(module)
+            if not callable(getattr(module, "get_config", None)):
+                raise ConfigError(f"the config file {path} has no get_config(); write one that returns a Config(...).")
+            config = module.get_config()
+        finally:
+            sys.path.pop(0)
+        validate.check(config)
+    return config
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """The config with `--dotted.name VALUE` settings replaced. Raises ConfigError, or SystemExit(0) for help."""
+    import tyro
+
+    if not any(argument in _HELP for argument in arguments):
+        _check_names(config, arguments)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Config,
+                default=config,
+                args=list(arguments),
+                prog="train.py configs/NAME.py",
+                use_underscores=True,
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ConfigError(_explain(config, said.getvalue())) from stop
+    except ValueError as error:  # a dataclass of the model refused its settings
+        raise ConfigError(str(error)) from error
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs in the user's cache directory, unless JAX was told of another.
+
+    The directory's name carries the processor's features, since programs for a CPU are compiled for them and a
+    home directory may be shared by unlike machines.
+    """
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = pathlib.Path(home).expanduser() / "jaxmp" / f"xla-{_processor()}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # without a cache every start compiles, which is slower and nothing else
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def shorten(text: str, lines: int = 5, width: int = 300) -> str:
+    """The first lines of a message, the long ones cut."""
+    rows = [line if len(line) <= width else line[: width - 1] + "…" for line in text.strip().splitlines()]
+    return "\n".join(rows[:lines])
+
+
+def _processor() -> str:
+    features = platform.machine() + platform.processor()
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        features += "".join(re.findall(r"^(?:flags|Features|model name)\s*:.*$", text, re.MULTILINE)[:2])
+    return hashlib.sha256(features.encode()).hexdigest()[:12]
+
+
+def _check_names(config: Config, arguments: Sequence[str]) -> None:
+    """Every `--name` must be a setting of this config."""
+    settings = configs.flatten(config)
+    last = {key.rpartition(".")[2]: key for key in settings}
+    for argument in arguments:
+        if not argument.startswith("--"):
+            continue
+        key = argument[2:].partition("=")[0].replace("-", "_")
+        if key in settings:
+            continue
+        near = [k for k in settings if k.startswith(key + ".")][:3]
+        near += difflib.get_close_matches(key, settings, n=1)
+        tails = difflib.get_close_matches(key.rpartition(".")[2], last, n=2)
+        near += [last[tail] for tail in tails]
+        hint = "did you mean " + " or ".join(f"--{k}" for k in dict.fromkeys(near)) + "?" if near else "see --help."
+        raise ConfigError(f"--{key} is not a setting of this config; {hint}")
+
+
+def _explain(config: Config, said: str) -> str:
+    """tyro's boxed message as one sentence: which setting, what it takes, what it is now."""
+    text = " ".join(re.sub(r"[─-╿]", " ", said).split())
+    settings, kinds = configs.flatten(config), validate.setting_types(config)
+    for key in re.findall(r"--([\w.-]+)", text):
+        key = key.replace("-", "_")
+        if key in settings:
+            wanted = validate.describe_type(kinds[key])
+            got = re.search(r"('[^']*')", text.partition("helptext")[0].partition(key)[2])
+            head = f"--{key} cannot be {got[1]}" if got and "Missing" not in text else f"--{key} lacks a value"
+            return f"{head}; write {wanted}, such as --{key} {_example(kinds[key], settings[key])}"
+    stray = re.search(r"Unrecognized options: (.+?)(?: Perhaps| For full|$)", text)
+    if stray:
+        return f"{stray[1].strip()!r} belongs to no setting; write --name VALUE, one value each (see --help)."
+    return text
+
+
+def _example(kind: Any, value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "'**/LayerNorm_*' float32"
+    return str(value) if str(value) else "runs/try"
+
+
+@contextlib.contextmanager
+def _mistakes_in(path: pathlib.Path) -> Iterator[None]:
+    """Turns what goes wrong inside a config file into a ConfigError with its line."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nin {path}") from error
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
+        place = f"{path}, line {line}" if line else str(path)
+        raise ConfigError(f"{place}: {type(error).__name__}: {error}{_known_fields(error)}") from error
+
+
+def _known_fields(error: Exception) -> str:
+    """For a misspelt keyword of one of the config's dataclasses: the nearest that exists."""
+    found = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    cls = vars(configs).get(found[1]) if found else None
+    if not found or cls is None:
+        return ""
+    fields = list(cls.__dataclass_fields__)
+    near = difflib.get_close_matches(found[2], fields, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; {found[1]} has {', '.join(fields)}"
