@@ -19,5 +19,5 @@ def get_config() -> Config:
         steps=400,
         batch_size=128,
         policy="float32",
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=20, weight_decay=0.05),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, weight_decay=0.05),
     )

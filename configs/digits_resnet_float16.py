@@ -22,6 +22,6 @@ def get_config() -> Config:
         batch_size=128,
         policy="mixed_float16",
         optimizer=OptimizerConfig(
-            name="sgd", learning_rate=0.1, warmup=20, weight_decay=5e-4, momentum=0.9, clip=0
+            name="sgd", learning_rate=0.1, warmup=0.05, weight_decay=5e-4, momentum=0.9, clip=0
         ),
     )

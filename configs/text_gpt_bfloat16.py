@@ -20,5 +20,5 @@ def get_config() -> Config:
         steps=300,
         batch_size=32,
         policy="mixed_bfloat16",
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=30, weight_decay=0.1, b2=0.95, clip=1.0),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.1, weight_decay=0.1, b2=0.95, clip=1.0),
     )

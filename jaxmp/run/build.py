@@ -42,13 +42,11 @@ class Experiment:
     """The pure evaluation of one batch, not compiled: metrics averaged over its rows."""
 
 
-def build(config: Config) -> Experiment:
-    """The parts of the run that `config` describes. Raises ConfigError."""
+def build(config: Config, source: data.Source | None = None) -> Experiment:
+    """The parts of the run that `config` describes, fed by `source` if one is given. Raises ConfigError."""
     policy = configs.policy_of(config)
-    try:
-        source = data.load(config.data, config.batch_size, config.seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    if source is None:
+        source = _load(config)
     model = MODULES[type(config.model)](config.model)
     schedule = schedule_of(config)
     tx = transformation(config, schedule)
@@ -73,17 +71,24 @@ def build(config: Config) -> Experiment:
     )
 
 
+def _load(config: Config) -> data.Source:
+    try:
+        return data.load(config.data, config.batch_size, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def schedule_of(config: Config) -> Callable[[Any], jax.Array]:
     """The learning rate as a function of the updates applied so far."""
-    rate, steps = config.optimizer, config.steps
+    rate, steps, warmup = config.optimizer, config.steps, configs.warmup_steps(config)
     if rate.schedule == "cosine":
-        return optim.warmup_cosine(rate.learning_rate, steps, rate.warmup)
+        return optim.warmup_cosine(rate.learning_rate, steps, warmup)
     if rate.schedule == "rsqrt":
-        return optim.warmup_rsqrt(rate.learning_rate, rate.warmup)
+        return optim.warmup_rsqrt(rate.learning_rate, warmup)
     if rate.schedule == "constant":
-        return optim.warmup_constant(rate.learning_rate, rate.warmup)
-    decay_steps = rate.decay_steps or max(1, min(steps // 5, steps - rate.warmup))
-    return optim.warmup_stable_decay(rate.learning_rate, steps, rate.warmup, decay_steps)
+        return optim.warmup_constant(rate.learning_rate, warmup)
+    decay_steps = rate.decay_steps or max(1, min(steps // 5, steps - warmup))
+    return optim.warmup_stable_decay(rate.learning_rate, steps, warmup, decay_steps)
 
 
 def transformation(
@@ -151,9 +156,9 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
     What the model refuses at its tracing, such as a patch that does not divide the image or an override
     that matches nothing, comes back as ConfigError.
     """
-    abstract = jax.eval_shape(experiment.init)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0))
     try:
+        abstract = jax.eval_shape(experiment.init)
         return abstract, training.jit_step(experiment.step).lower(abstract, batch).compile()
     except ValueError as error:
         key = "overrides" if "override" in str(error) else "model"

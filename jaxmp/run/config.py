@@ -31,8 +31,8 @@ class OptimizerConfig:
     """Peak learning rate, reached at the end of the warm-up."""
     schedule: Literal["cosine", "rsqrt", "constant", "stable_decay"] = "cosine"
     """What the learning rate does after the warm-up."""
-    warmup: int = 0
-    """Steps over which the learning rate rises from 0 to its peak."""
+    warmup: float = 0.0
+    """How long the learning rate rises from 0 to its peak: below 1 a share of all steps, else steps."""
     decay_steps: int = 0
     """stable_decay: steps of the final descent to 0 (0: a fifth of all)."""
     weight_decay: float = 0.0
@@ -142,6 +142,12 @@ def policy_of(config: Config) -> policies.Policy:
     """The policy with the config's overrides behind its own."""
     policy = policies.get_policy(config.policy)
     return dataclasses.replace(policy, overrides=(*policy.overrides, *config.overrides))
+
+
+def warmup_steps(config: Config) -> int:
+    """The warm-up in steps; a share of the run is rounded."""
+    warmup = config.optimizer.warmup
+    return round(warmup * config.steps) if warmup < 1 else int(warmup)
 
 
 def loss_scale_kind(config: Config) -> Literal["none", "static", "dynamic"]:

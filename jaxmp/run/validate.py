@@ -23,7 +23,7 @@ _BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("replicas", lambda x: x >= 1, "at least 1 (1: off)"),
     ("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295"),
     ("optimizer.learning_rate", lambda x: x > 0, "above 0, such as 1e-3"),
-    ("optimizer.warmup", lambda x: x >= 0, "at least 0 (0: no warm-up)"),
+    ("optimizer.warmup", lambda x: x >= 0 and (x < 1 or x == int(x)), "a share of the steps below 1, or a number of steps (0: no warm-up)"),
     ("optimizer.decay_steps", lambda x: x >= 0, "at least 0 (0: a fifth of all steps)"),
     ("optimizer.weight_decay", lambda x: x >= 0, "at least 0 (0: none)"),
     ("optimizer.b1", lambda x: 0 <= x < 1, "in [0, 1), such as 0.9"),
@@ -71,7 +71,7 @@ def describe_type(annotation: Any) -> str:
     if typing.get_origin(annotation) is tuple:
         inner = typing.get_args(annotation)
         if inner[-1] is Ellipsis:
-            return f"a tuple, each item {describe_type(inner[0])}"
+            return f"any number of {describe_type(inner[0])}"
         return "(" + ", ".join(map(describe_type, inner)) + ")"
     if isinstance(annotation, types.UnionType):
         return "one of " + ", ".join(f"{a.__name__}(...)" for a in typing.get_args(annotation))
@@ -158,20 +158,20 @@ def _check_batch(config: Config) -> None:
 
 
 def _check_schedule(config: Config) -> None:
-    rate, steps = config.optimizer, config.steps
-    if rate.warmup >= steps:
+    rate, steps, warmup = config.optimizer, config.steps, configs.warmup_steps(config)
+    if warmup >= steps:
         raise ConfigError(
-            f"optimizer.warmup={rate.warmup} leaves none of steps={steps} to train at the full rate; "
-            f"write a warmup below {steps}, such as {steps // 10}, or more steps."
+            f"optimizer.warmup={rate.warmup:g} leaves none of steps={steps} to train at the full rate; "
+            f"write a warmup below {steps}, a share such as 0.1, or more steps."
         )
-    if rate.schedule == "rsqrt" and rate.warmup < 1:
+    if rate.schedule == "rsqrt" and warmup < 1:
         raise ConfigError(
-            "optimizer.schedule=rsqrt decays from the end of the warm-up, and optimizer.warmup is 0; "
+            f"optimizer.schedule=rsqrt decays from the end of the warm-up, and optimizer.warmup={rate.warmup:g} is none; "
             f"write optimizer.warmup={max(1, steps // 10)}, or another schedule."
         )
-    if rate.schedule == "stable_decay" and rate.warmup + rate.decay_steps > steps:
+    if rate.schedule == "stable_decay" and warmup + rate.decay_steps > steps:
         raise ConfigError(
-            f"optimizer.warmup={rate.warmup} and optimizer.decay_steps={rate.decay_steps} do not fit into "
+            f"optimizer.warmup={rate.warmup:g} and optimizer.decay_steps={rate.decay_steps} do not fit into "
             f"steps={steps}; write smaller ones, such as decay_steps={max(1, steps // 5)}."
         )
 
