@@ -18,6 +18,9 @@ from jaxmp.optim.recipes import recipe as recipe
 from jaxmp.optim.recipes import sgd as sgd
 from jaxmp.optim.scaling import loss_scale_of as loss_scale_of
 from jaxmp.optim.scaling import with_loss_scale as with_loss_scale
+from jaxmp.precision.autocast import autocast as autocast
+from jaxmp.precision.autocast import explain_autocast as explain_autocast
+from jaxmp.precision.autocast import full_precision as full_precision
 from jaxmp.precision.loss_scale import DynamicLossScale as DynamicLossScale
 from jaxmp.precision.loss_scale import LossScale as LossScale
 from jaxmp.precision.loss_scale import NoOpLossScale as NoOpLossScale

@@ -60,14 +60,16 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         params, model_state = nn.linen.init(model, params_key, example)
         return training.TrainState.create(params, tx, model_state=model_state, rng=run_key)
 
-    train_step = training.make_train_step(train_loss, tx, policy, config.accumulate)
+    train_step = training.make_train_step(
+        train_loss, tx, policy, config.accumulate, autocast=config.autocast
+    )
     return Experiment(
         config=config,
         policy=policy,
         source=source,
         init=init,
         step=logged_step(train_step, schedule, config.replicas),
-        evaluate=_evaluation(training.make_eval_step(eval_loss, policy)),
+        evaluate=_evaluation(training.make_eval_step(eval_loss, policy, autocast=config.autocast)),
     )
 
 

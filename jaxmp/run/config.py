@@ -120,6 +120,8 @@ class Config:
     """float32, mixed_bfloat16, mixed_float16, or params=…,compute=…,output=…"""
     overrides: tuple[tuple[str, str], ...] = ()
     """Pairs of a parameter path pattern and the dtype that it computes in: '**/LayerNorm_*' float32."""
+    autocast: bool = False
+    """Decide precision operation by operation instead of casting parameters and inputs up front."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     accumulate: int = 1
     """Microbatches that a batch is cut into; their gradients are summed in float32."""

@@ -13,6 +13,7 @@ import optax
 
 from jaxmp.numerics import tree as trees
 from jaxmp.optim import scaling
+from jaxmp.precision import autocast as autocasting
 from jaxmp.precision import policy as policies
 from jaxmp.training import accumulate as accumulation
 from jaxmp.training.state import TrainState
@@ -32,6 +33,7 @@ def make_train_step(
     accumulate: int = 1,
     *,
     inputs: Sequence[str] | None = None,
+    autocast: bool = False,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """A pure function `step(state, batch) -> (state, metrics)`; compile it with `jit_step`.
 
@@ -51,11 +53,15 @@ def make_train_step(
       accumulate: how many microbatches the batch is cut into, their gradients averaged in float32.
       inputs: the entries of the batch to cast; by default those in `INPUT_NAMES`, or the first of a
         tuple. Labels, masks, indices and keys are never cast.
+      autocast: decide operation by operation (see `jaxmp.autocast`) instead of casting parameters and
+        inputs up front: for models written in float32 whose softmax, norms and losses should stay so.
+        The policy's overrides are then patterns over places in the program.
 
     The metrics are scalars: `loss` (without scale), `grad_norm` (without scale, before clipping),
     `loss_scale` (the one used in this step), `finite`, `skipped`, and those of `loss_fn`.
     """
-    gradients_of = _gradients_of(loss_fn, policies.as_policy(policy), accumulate, inputs)
+    cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
+    gradients_of = _gradients_of(cast, call, accumulate)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale_state = scaling.loss_scale_state_of(state.opt_state)
@@ -102,17 +108,16 @@ def make_eval_step(
     policy: policies.Policy | str = DEFAULT_POLICY,
     *,
     inputs: Sequence[str] | None = None,
+    autocast: bool = False,
 ) -> Callable[[TrainState, Any], Metrics]:
     """A pure function `evaluate(state, batch) -> metrics`, in the arithmetic of training.
 
     `loss_fn` is of the form that `make_train_step` takes; what it does to the model state is dropped.
     """
-    policy = policies.as_policy(policy)
-    call = _normalised(loss_fn)
+    cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:
-        params = policy.cast_to_compute(state.params)
-        batch = cast_inputs(batch, policy, inputs)
+        params, batch = cast(state.params, batch)
         loss, aux, _ = call(params, batch, state.rng, state.model_state)
         return {"loss": loss, **aux}
 
@@ -126,6 +131,7 @@ def value_and_grad(
     has_aux: bool = False,
     accumulate: int = 1,
     inputs: Sequence[str] | None = None,
+    autocast: bool = False,
 ) -> Callable[..., tuple[Any, Any]]:
     """`jax.value_and_grad` under a policy, for those who write their own step.
 
@@ -135,7 +141,8 @@ def value_and_grad(
     gradients on to a transformation wrapped in `with_loss_scale`, which divides them.
     Arguments are those of `make_train_step`.
     """
-    gradients_of = _gradients_of(loss_fn, policies.as_policy(policy), accumulate, inputs)
+    cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
+    gradients_of = _gradients_of(cast, call, accumulate)
 
     def value_and_grad_fn(
         params: Any, batch: Any, rng: Any = None, model_state: Any = None, *, scale: Any = 1.0
@@ -174,8 +181,24 @@ def cast_inputs(batch: Any, policy: policies.Policy, inputs: Sequence[str] | Non
     return cast(batch)
 
 
+def _cast_and_call(
+    loss_fn: LossFn, policy: policies.Policy, inputs: Sequence[str] | None, autocast: bool
+) -> tuple[Callable[[Any, Any], tuple[Any, Any]], Callable[..., Any]]:
+    """What casts `(params, batch)` up front, and the loss to call on them: the two roads to 16 bits."""
+    call = _normalised(loss_fn)
+    if autocast and policy.compute_dtype.itemsize == 2:
+        return lambda params, batch: (params, batch), autocasting.autocast(call, policy)
+    return (
+        lambda params, batch: (
+            policy.cast_to_compute(params),
+            cast_inputs(batch, policy, inputs),
+        ),
+        call,
+    )
+
+
 def _gradients_of(
-    loss_fn: LossFn, policy: policies.Policy, parts: int, inputs: Sequence[str] | None
+    cast: Callable[[Any, Any], tuple[Any, Any]], call: Callable[..., Any], parts: int
 ) -> Callable[..., tuple[Metrics, Any, Any]]:
     """A function of `(params, batch, rng, model_state, scale)` giving metrics, gradients, model state.
 
@@ -183,12 +206,11 @@ def _gradients_of(
     differentiating through the cast does; so the cast is done once, not in every microbatch, and
     what crosses devices before the widening is 16-bit.
     """
-    call = _normalised(loss_fn)
 
     def gradients_of(
         params: Any, batch: Any, rng: Any, model_state: Any, scale: Any
     ) -> tuple[Metrics, Any, Any]:
-        compute_params = policy.cast_to_compute(params)
+        compute_params, cast_batch = cast(params, batch)
 
         def micro_step(micro: Any, index: Any, model_state: Any) -> tuple[Metrics, Any, Any]:
             key = rng if rng is None or parts == 1 else jax.random.fold_in(rng, index)
@@ -200,7 +222,6 @@ def _gradients_of(
             grads, (metrics, new_state) = jax.grad(scaled_loss, has_aux=True)(compute_params)
             return metrics, grads, new_state
 
-        cast_batch = cast_inputs(batch, policy, inputs)
         return accumulation.accumulate(micro_step, cast_batch, model_state, parts)
 
     return gradients_of

@@ -209,6 +209,27 @@ def test_products_of_both_passes_are_16_bit_and_state_is_float32(dtype):
         assert leaf.dtype in (np.float32, np.int32)
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_autocast_reaches_16_bits_without_casting_up_front(accumulate):
+    """A model that computes in what it is given gets float32 here; its products run in bfloat16."""
+    seen = []
+
+    def loss(params, batch):
+        seen.append((params["w"].dtype, batch["inputs"].dtype))
+        return regression(params, batch)
+
+    tx = optim.adamw(1e-2)
+    step = training.make_train_step(loss, tx, accumulate=accumulate, autocast=True)
+    state = training.TrainState.create(PARAMS, tx)
+    text = str(jax.make_jaxpr(step)(state, BATCH))
+    products = [line for line in text.splitlines() if "dot_general[" in line]
+    assert len(products) == 5 and all(":bf16[" in line for line in products)
+    assert set(seen) == {(np.dtype("float32"), np.dtype("float32"))}
+    _, [cast_up_front] = run(tx, "mixed_bfloat16", [BATCH])
+    _, metrics = jax.jit(step)(state, BATCH)
+    np.testing.assert_allclose(metrics["loss"], cast_up_front["loss"], rtol=2.0**-7)
+
+
 def test_labels_masks_and_indices_are_not_cast():
     seen = {}
 
