@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.numerics import jaxpr as programs
+from jaxmp.precision import autocast_demand, autocast_rules
 from jaxmp.precision import autocast_plan as planning
-from jaxmp.precision import autocast_rules
 from jaxmp.precision.autocast_run import Runner
 from jaxmp.precision.policy import Policy, get_policy, parse_dtype
 
@@ -78,7 +78,7 @@ def autocast(
 
 def full_precision(fn: Callable) -> Callable:
     """`fn` as it is, to be left in its own dtypes by any `autocast` around it."""
-    return jax.named_scope(planning.FULL_PRECISION)(fn)
+    return jax.named_scope(autocast_demand.FULL_PRECISION)(fn)
 
 
 def explain_autocast(fn: Callable, *args: Any, **kwargs: Any) -> str:
@@ -97,7 +97,7 @@ def explain_autocast(fn: Callable, *args: Any, **kwargs: Any) -> str:
 
 def _settings(
     dtype: Any, rules: Mapping[str, str] | None, overrides: Overrides | None, output_dtype: Any
-) -> tuple[planning.Settings, np.dtype]:
+) -> tuple[autocast_demand.Settings, np.dtype]:
     pairs: list[tuple[str, Any]] = []
     if isinstance(dtype, str) and ("=" in dtype or dtype.startswith("mixed_")):
         dtype = get_policy(dtype)
@@ -113,11 +113,11 @@ def _settings(
     for pattern, to in chosen:
         if to not in (low, _FLOAT32):
             raise ValueError(f"The override {pattern!r} is {to}; it should be float32 or {low}.")
-    return planning.Settings(low, autocast_rules.read_rules(dict(rules or {})), chosen), out
+    return autocast_demand.Settings(low, autocast_rules.read_rules(dict(rules or {})), chosen), out
 
 
 def _plan(
-    fn: Callable, settings: planning.Settings, args: tuple, kwargs: dict
+    fn: Callable, settings: autocast_demand.Settings, args: tuple, kwargs: dict
 ) -> tuple[planning.Planner, planning.Plan, Callable]:
     program, unflatten = programs.trace(fn)(*args, **kwargs)
     planner = planning.Planner(settings)
@@ -125,8 +125,8 @@ def _plan(
     inputs = [planning.given(v) for v in jaxpr.invars]
     plan = planner.plan(program, inputs, [planning.caller(v) for v in jaxpr.outvars])
     for pattern, _ in settings.overrides:
-        if pattern not in planner.matched:
-            places = sorted(filter(None, planner.scopes))
+        if pattern not in planner.demands.matched:
+            places = sorted(filter(None, planner.demands.scopes))
             shown = ", ".join(places[:6]) + (", …" if len(places) > 6 else "")
             raise ValueError(
                 f"The override {pattern!r} matched no place in the program. "
@@ -145,7 +145,7 @@ def _as_before(value: Any, atom: Any, output_dtype: np.dtype) -> Any:
     return programs.convert(value, output_dtype, weak)
 
 
-def _explain(fn: Callable, settings: planning.Settings, args: tuple, kwargs: dict) -> str:
+def _explain(fn: Callable, settings: autocast_demand.Settings, args: tuple, kwargs: dict) -> str:
     _, plan, _ = _plan(fn, settings, args, kwargs)
     counts: collections.Counter = collections.Counter()
     _count(plan, settings, counts)
@@ -164,7 +164,9 @@ def _explain(fn: Callable, settings: planning.Settings, args: tuple, kwargs: dic
     return "\n".join(lines)
 
 
-def _count(plan: planning.Plan, settings: planning.Settings, counts: collections.Counter) -> None:
+def _count(
+    plan: planning.Plan, settings: autocast_demand.Settings, counts: collections.Counter
+) -> None:
     names = {planning.Form.LOW: settings.dtype.name, planning.Form.FULL: "float32"}
     for eqn, step in zip(plan.program.jaxpr.eqns, plan.steps):
         for inner in step.plans:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxmp.numerics import jaxpr as programs
-from jaxmp.precision.autocast_plan import Demand, Form, Plan, Planner, Step
+from jaxmp.precision.autocast_demand import NONE
+from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
 from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind
 
 _FLOAT32 = np.dtype("float32")
@@ -27,9 +28,12 @@ class Runner:
         jaxpr = plan.program.jaxpr
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.program.consts))
         values.update(zip(jaxpr.invars, args))
+        widened: dict[Any, Any] = {}
         for eqn, step in zip(jaxpr.eqns, plan.steps):
             operands = [v.val if programs.is_literal(v) else values[v] for v in eqn.invars]
             with programs.location(eqn):
+                if step.run == Form.FULL or step.call is not None:
+                    operands = self._widened(eqn, step, operands, widened)
                 results = self._step(eqn, step, operands)
             values.update(zip(eqn.outvars, results))
         outputs = [v.val if programs.is_literal(v) else values[v] for v in jaxpr.outvars]
@@ -57,6 +61,21 @@ class Runner:
             results = self._bind(eqn, step, operands)
         return [self.fit(x, form) for x, form in zip(results, step.results)]
 
+    def _widened(self, eqn: Any, step: Step, operands: list, widened: dict) -> list:
+        """The operands, those that are to be cast up cast once for all their uses.
+
+        So the cotangents of these uses are summed in float32, and rounded once.
+        """
+        found = list(operands)
+        for i, (atom, form) in enumerate(zip(eqn.invars, step.operands)):
+            wanted = form if step.call is not None else step.run
+            if form is None or wanted == Form.LOW or operands[i].dtype != self.dtype:
+                continue
+            if atom not in widened:
+                widened[atom] = programs.convert(operands[i], _FLOAT32)
+            found[i] = widened[atom]
+        return found
+
     def _operand(self, x: Any, form: Form, eqn: Any, step: Step) -> Any:
         """A float32 operand, cast. A parameter is repeated before it is cast, not after.
 
@@ -66,6 +85,7 @@ class Runner:
             shape = eqn.outvars[0].aval.shape
             if 0 < np.ndim(x) == len(shape) and x.shape != shape:
                 x = jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape))))
+                return _sums_16_bit_cotangents(self.fit(x, step.run))
         return self.fit(x, step.run)
 
     def _bind(self, eqn: Any, step: Step, operands: list) -> list:
@@ -96,6 +116,7 @@ class Runner:
 
     def _function(self, plan: Plan, results: list[Form | None]) -> Callable[..., list]:
         """A planned program as a function of values of any dtypes, to the forms agreed on."""
+
         def function(*args: Any) -> list:
             outs = self.run(plan, [self.fit(x, form) for x, form in zip(args, plan.inputs)])
             return [self.fit(x, form) for x, form in zip(outs, results)]
@@ -135,7 +156,7 @@ class Runner:
             low = value.dtype == self.dtype
             form = Form.LOW if low else Form.OPEN if value.size == 1 else Form.FREE
             inputs.append(form if programs.is_float32(variable) else None)
-        demands = [Demand(0)] * len(program.jaxpr.outvars)
+        demands = [NONE] * len(program.jaxpr.outvars)
         return self.run(self.planner.plan(program, inputs, demands), args)
 
 
@@ -144,6 +165,21 @@ def _cast(eqn: Any, x: Any) -> Any:
     dtype = eqn.params["new_dtype"]
     wide = dtype == _FLOAT32 and eqn.invars[0].aval.dtype == _FLOAT32
     return x if x.dtype == dtype or wide else programs.bind(eqn, [x])[0]
+
+
+@jax.custom_jvp
+def _sums_16_bit_cotangents(x: jax.Array) -> jax.Array:
+    """A parameter, repeated and cast; the sum for its gradient reads the cotangent in 16 bits.
+
+    XLA may drop a float32 -> bfloat16 -> float32 pair of casts. The sum would then read a float32
+    cotangent that is written for it alone; the products read the 16-bit one.
+    """
+    return x
+
+
+@_sums_16_bit_cotangents.defjvp
+def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return primals[0], jax.lax.optimization_barrier(tangents[0])
 
 
 def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:

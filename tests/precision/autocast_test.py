@@ -100,7 +100,9 @@ def sharded(x: jax.Array, w: jax.Array) -> jax.Array:
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.pmean(jnp.sum((x @ w) ** 2), "d")
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=PartitionSpec())(x, w)
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=PartitionSpec()
+    )(x, w)
 
 
 def conv(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -127,7 +129,9 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = nn.Embed(11, 8)(tokens)
-        block = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        block = nn.scan(
+            nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
         x, _ = block(name="blocks")(x, None)
         return nn.Dense(11, name="head")(nn.LayerNorm()(x))
 
@@ -169,7 +173,9 @@ CONSTRUCTS: dict[str, Callable[[], Construct]] = {
     "dot": lambda: Construct(lambda x, w: x @ w),
     "einsum": lambda: Construct(lambda x, w: jnp.einsum("bi,ij,kj->bk", x, w, w)),
     "vmap": lambda: Construct(jax.vmap(lambda x, w: jnp.tanh(x @ w), (0, None))),
-    "dict arguments": lambda: Construct(lambda p: p["x"] @ p["w"] + p["b"], ({"x": X, "w": W, "b": W[0]},)),
+    "dict arguments": lambda: Construct(
+        lambda p: p["x"] @ p["w"] + p["b"], ({"x": X, "w": W, "b": W[0]},)
+    ),
     "integer output": lambda: Construct(lambda x, w: (x @ w, jnp.argmax(x @ w, -1))),
     "key argument": lambda: Construct(
         lambda x, w, k: jnp.where(jax.random.bernoulli(k, 0.5, (4, 8)), x @ w, 0) @ w,
@@ -190,13 +196,20 @@ CONSTRUCTS: dict[str, Callable[[], Construct]] = {
         (X, jnp.stack([W, V])),
     ),
     "while": lambda: Construct(
-        lambda x, w: jax.vjp(lambda x: x @ w, lax.while_loop(
-            lambda c: c[0] < 2, lambda c: (c[0] + 1, jnp.tanh(c[1] @ lax.stop_gradient(w))),
-            (0, lax.stop_gradient(x)))[1])[0],
+        lambda x, w: jax.vjp(
+            lambda x: x @ w,
+            lax.while_loop(
+                lambda c: c[0] < 2,
+                lambda c: (c[0] + 1, jnp.tanh(c[1] @ lax.stop_gradient(w))),
+                (0, lax.stop_gradient(x)),
+            )[1],
+        )[0],
     ),
     "fori": lambda: Construct(lambda x, w: lax.fori_loop(0, 2, lambda _, c: jnp.tanh(c @ w), x)),
     "cond": lambda: Construct(
-        lambda x, w: lax.cond(x[0, 0] > 9, lambda x: jnp.exp(x @ w), lambda x: jnp.tanh(x @ w) @ w, x)
+        lambda x, w: lax.cond(
+            x[0, 0] > 9, lambda x: jnp.exp(x @ w), lambda x: jnp.tanh(x @ w) @ w, x
+        )
     ),
     "switch": lambda: Construct(
         lambda x, w: lax.switch(1, [lambda x: x, lambda x: x @ w, lambda x: x * 2], x)
@@ -269,7 +282,9 @@ def test_products_are_16_bit_forward_and_backward(name: str) -> None:
 def test_results_keep_their_dtypes_and_values(name: str) -> None:
     fn, args = CONSTRUCTS[name]()
     expected, found = jax.jit(fn)(*args), jax.jit(autocast(fn))(*args)
-    same = jax.tree.map(lambda a, b: (a.dtype, a.weak_type) == (b.dtype, b.weak_type), expected, found)
+    same = jax.tree.map(
+        lambda a, b: (a.dtype, a.weak_type) == (b.dtype, b.weak_type), expected, found
+    )
     assert all(jax.tree.leaves(same))
     assert relative(found, expected) < 0.02
     if name == "while":

@@ -112,11 +112,15 @@ def test_float32_product_of_16_bits_has_16_bit_backward() -> None:
 
 def test_float16_logits_into_a_loss_are_yielded_in_float32() -> None:
     fn = lambda x, w: jnp.sum(jax.nn.logsumexp((x @ w) * 3e4, -1))
-    product = next(e for e in equations(autocast(fn, "float16"), X, W) if e.primitive.name == "dot_general")
+    product = next(
+        e for e in equations(autocast(fn, "float16"), X, W) if e.primitive.name == "dot_general"
+    )
     assert [v.aval.dtype.name for v in product.invars] == ["float16", "float16"]
     assert product.outvars[0].aval.dtype == jnp.float32
     big = lambda x, w: jnp.log(x @ w)
-    assert jnp.isfinite(autocast(big, "float16")(jnp.full((2, 64), 60.0), jnp.full((64, 2), 60.0))).all()
+    assert jnp.isfinite(
+        autocast(big, "float16")(jnp.full((2, 64), 60.0), jnp.full((64, 2), 60.0))
+    ).all()
     gradient = jax.grad(autocast(fn, "float16"), (0, 1))
     assert set(dtypes_of("dot_general", gradient, X, W)) == {"float16"}
 
@@ -194,7 +198,9 @@ def test_layer_stack_is_carried_in_16_bits() -> None:
 
 
 def test_zeros_carry_of_a_product_becomes_16_bit() -> None:
-    fn = lambda w: lax.scan(lambda c, _: (jnp.tanh(c @ w + 1), None), jnp.zeros((4, 8)), None, 3)[0] @ w
+    fn = lambda w: (
+        lax.scan(lambda c, _: (jnp.tanh(c @ w + 1), None), jnp.zeros((4, 8)), None, 3)[0] @ w
+    )
     assert carried(autocast(fn), W) == ["bfloat16"]
 
 
@@ -244,7 +250,9 @@ def test_while_with_an_integer_carry() -> None:
 def test_gradient_sums_are_float32() -> None:
     many = jnp.asarray(np.random.default_rng(3).uniform(0.9, 1.1, (4096, 8)), jnp.float32)
     bias = lambda b: jnp.sum((many @ W + b) @ jnp.ones((8, 1)))
-    np.testing.assert_allclose(jax.grad(autocast(bias))(jnp.zeros(8)), np.full(8, 4096.0), rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.grad(autocast(bias))(jnp.zeros(8)), np.full(8, 4096.0), rtol=1e-6
+    )
     table = lambda t: jnp.sum(t[jnp.zeros(4096, int)] @ jnp.ones((8, 1)))
     np.testing.assert_allclose(jax.grad(autocast(table))(W)[0], np.full(8, 4096.0), rtol=1e-6)
 
@@ -256,7 +264,9 @@ def test_tied_weight_and_loop_weight_sum_cotangents_in_float32() -> None:
         return sum(jnp.sum((inputs * (i + 1)) @ w) for i in range(8))
 
     def loop(w: jax.Array) -> jax.Array:
-        return lax.scan(lambda c, i: (c + jnp.sum((inputs * i) @ w), None), 0.0, jnp.arange(1.0, 65.0))[0]
+        return lax.scan(
+            lambda c, i: (c + jnp.sum((inputs * i) @ w), None), 0.0, jnp.arange(1.0, 65.0)
+        )[0]
 
     for fn in (tied, loop):
         gradient = jax.grad(autocast(fn))
@@ -341,7 +351,9 @@ def test_effects_keep_their_order_and_dtypes() -> None:
 def test_inner_jit_keeps_its_name_and_donation() -> None:
     inner = jax.jit(lambda x: x @ W + x, donate_argnums=0, inline=False)
     inner.__wrapped__.__name__ = "my_layer"
-    call = next(e for e in equations(autocast(lambda x: inner(x * 2)), X) if e.primitive.name == "jit")
+    call = next(
+        e for e in equations(autocast(lambda x: inner(x * 2)), X) if e.primitive.name == "jit"
+    )
     assert any(call.params["donated_invars"])
     assert "dot_general" in str(call.params["jaxpr"])
 
@@ -409,7 +421,9 @@ def test_overrides_by_place() -> None:
 
 def test_rules_by_primitive() -> None:
     assert dtypes_of("tanh", autocast(scoped, rules={"tanh": "float32"}), X) == ["float32"]
-    assert "float32" in dtypes_of("dot_general", autocast(scoped, rules={"dot_general": "float32"}), X)
+    assert "float32" in dtypes_of(
+        "dot_general", autocast(scoped, rules={"dot_general": "float32"}), X
+    )
     with pytest.raises(ValueError, match="should be one of"):
         autocast(scoped, rules={"tanh": "wide"})
 
