@@ -357,9 +357,12 @@ def with_vjp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
     values of any dtypes. `outputs` are the dtypes that its first results must have; the others
     (residuals) may come in whatever dtype suits.
     """
-    inexact = _inexact_places(eqn.invars)
+    # Captured values come first and have no gradient: as closures they raise JAX's own error.
+    captured = eqn.params.get("num_consts", 0)
+    consts, args = list(args[:captured]), list(args[captured:])
+    inexact = [i for i in _inexact_places(eqn.invars) if i >= captured]
     inexact_out = _inexact_places(eqn.outvars)
-    originals = [_like(jax.typeof(a), v) for a, v in zip(args, eqn.invars)]
+    originals = [_like(jax.typeof(a), v) for a, v in zip([*consts, *args], eqn.invars)]
     saved: dict[str, Any] = {}
 
     def forward_rule(*primals: Any) -> list:
@@ -376,20 +379,21 @@ def with_vjp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
 
     @jax.custom_vjp
     def call(*xs: Any) -> list:
-        return function(*xs)
+        return function(*consts, *xs)
 
     def forward(*xs: Any) -> tuple[list, list]:
-        dtypes = [out.dtype for out in jax.eval_shape(function, *xs)]
-        outs = run_rule(without_dead(trace_flat(forward_rule, originals)), xs, dtypes)
+        dtypes = [out.dtype for out in jax.eval_shape(call, *xs)]
+        outs = run_rule(without_dead(trace_flat(forward_rule, originals)), [*consts, *xs], dtypes)
         return outs[: len(dtypes)], outs[len(dtypes) :]
 
     def backward(residuals: list, cotangents: list) -> tuple:
         moving = [v.aval for v in _at(eqn.outvars, inexact_out)]
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in [*saved["avals"], *moving]]
         traced = without_dead(trace_flat(backward_rule, shapes))
-        dtypes = [jax.typeof(x).dtype for x in _at(args, inexact)]
+        places = [i - captured for i in inexact]
+        dtypes = [jax.typeof(x).dtype for x in _at(args, places)]
         found = run_rule(traced, [*residuals, *_at(cotangents, inexact_out)], dtypes)
-        return tuple(_fill([None] * len(args), inexact, found))
+        return tuple(_fill([None] * len(args), places, found))
 
     call.defvjp(forward, backward)
     return call(*args)

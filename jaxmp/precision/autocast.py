@@ -72,7 +72,7 @@ def autocast(
         ]
         return unflatten(outputs)
 
-    autocasted.explain = lambda *args, **kwargs: _explain(fn, settings, args, kwargs)
+    autocasted.__dict__["explain"] = lambda *args, **kwargs: _explain(fn, settings, args, kwargs)
     return autocasted
 
 
@@ -108,7 +108,7 @@ def _settings(
     low, out = parse_dtype(dtype), parse_dtype(output_dtype or _FLOAT32)
     if low not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
         raise ValueError(f"autocast computes in bfloat16 or float16; got {low.name}.")
-    pairs += overrides.items() if isinstance(overrides, Mapping) else (overrides or ())
+    pairs += list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
     chosen = tuple((pattern, parse_dtype(to)) for pattern, to in pairs)
     for pattern, to in chosen:
         if to not in (low, _FLOAT32):
@@ -173,5 +173,5 @@ def _count(
             _count(inner, settings, counts)
         forms = [f for f in (*step.operands, *step.results) if f is not None]
         if step.call is None and forms:
-            ran = names.get(step.run, "as it comes")
+            ran = names[step.run] if step.run is not None else "as it comes"
             counts[step.scope, eqn.primitive.name, ran, step.reason] += 1

@@ -49,7 +49,7 @@ class Runner:
     def _step(self, eqn: Any, step: Step, operands: list) -> list:
         if step.call is not None:
             operands = [self.fit(x, form) for x, form in zip(operands, step.operands)]
-            results = self._call(eqn, step, operands)
+            results = self._call(eqn, step, step.call, operands)
         elif eqn.primitive.name == "convert_element_type":
             results = [_cast(eqn, operands[0])]
         else:
@@ -100,19 +100,19 @@ class Runner:
             return [_wide_product(eqn, narrow.pop(), operands)]
         return programs.bind(eqn, operands)
 
-    def _call(self, eqn: Any, step: Step, operands: list) -> list:
+    def _call(self, eqn: Any, step: Step, call: programs.Call, operands: list) -> list:
         functions = [
             self._function(plan, step.results if body.gives_results else plan.outputs)
-            for plan, body in zip(step.plans, step.call.bodies)
+            for plan, body in zip(step.plans, call.bodies)
         ]
-        kind = step.call.kind
+        kind = call.kind
         if kind == "custom_jvp_call":
             return programs.with_jvp(eqn, operands, functions[0], self._jvp_rule(eqn, step))
         if kind == "custom_vjp_call":
             return programs.with_vjp(eqn, operands, functions[0], self._vjp_rule(step))
         if kind == "jit":
             return self._jit(eqn, step.plans[0], functions[0], operands)
-        return programs.rebind(eqn, step.call, operands, functions)
+        return programs.rebind(eqn, call, operands, functions)
 
     def _function(self, plan: Plan, results: list[Form | None]) -> Callable[..., list]:
         """A planned program as a function of values of any dtypes, to the forms agreed on."""
