@@ -6,8 +6,9 @@ Trains: what digits_mlp_float32 trains, as one of 524,288 identical workers with
 Command: python scripts/train.py configs/digits_mlp_replicas_float16.py
     and, to see it fail: --loss_scale.kind none --workdir runs/without_loss_scale
 Hardware and time: two CPU cores, under 10 seconds.
-Expected: 92% on the test images, as in float32. Without loss scaling every gradient is exactly zero, no parameter
-    moves by a bit, and the test accuracy stays at chance, about 10%.
+Expected: 92% on the test images, as in float32. Without loss scaling the gradient of every weight is exactly
+    zero and none moves by a bit (only the ten biases behind the last product do, summed in float32), and the test
+    accuracy stays at chance, about 10%.
 """
 
 import dataclasses

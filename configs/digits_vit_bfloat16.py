@@ -21,7 +21,9 @@ def get_config() -> Config:
         steps=1500,
         batch_size=128,
         policy="mixed_bfloat16",
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup=0.1, weight_decay=0.3, b2=0.95, clip=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=4e-3, warmup=0.1, weight_decay=0.3, b2=0.95, clip=1.0
+        ),
         checkpoint=CheckpointConfig(every=250),
         eval=EvalConfig(every=250),
         log=LogConfig(every=50),

@@ -4,7 +4,7 @@ Trains: 2 blocks of width 128 on windows of 64 bytes, 438 thousand parameters, o
     play and a bit, 99 kB. After GPT-2; warm-up, decay and clipping are the transformer recipe's.
 Command: python scripts/train.py configs/text_gpt_bfloat16.py
 Hardware and time: two CPU cores, half a minute.
-Expected: 2.02 nats a byte on the held-out text (log 256 = 5.55 before), within 0.02 of float32.
+Expected: 2.27 nats a byte on the held-out text (5.55, the log of 256, before), within 0.02 of float32.
 """
 
 from jaxmp.nn.models.gpt import GPTConfig
@@ -20,5 +20,7 @@ def get_config() -> Config:
         steps=300,
         batch_size=32,
         policy="mixed_bfloat16",
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.1, weight_decay=0.1, b2=0.95, clip=1.0),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, warmup=0.1, weight_decay=0.1, b2=0.95, clip=1.0
+        ),
     )

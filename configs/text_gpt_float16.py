@@ -3,7 +3,7 @@
 Trains: what text_gpt_bfloat16 trains, forward and backward in float16.
 Command: python scripts/train.py configs/text_gpt_float16.py
 Hardware and time: two CPU cores, half a minute.
-Expected: 2.02 nats a byte on the held-out text, as in the other precisions to within 0.02.
+Expected: 2.27 nats a byte on the held-out text, as in the other precisions to within 0.02.
 """
 
 import dataclasses

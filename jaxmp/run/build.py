@@ -122,7 +122,9 @@ def replicated_loss(replicas: int) -> Callable[[Any, Any], jax.Array]:
     """
     if replicas == 1:
         return F.softmax_cross_entropy
-    return lambda logits, targets: F.softmax_cross_entropy(F.scale_gradient(logits, 1 / replicas), targets)
+    return lambda logits, targets: F.softmax_cross_entropy(
+        F.scale_gradient(logits, 1 / replicas), targets
+    )
 
 
 def logged_step(step: Step, schedule: Callable[[Any], jax.Array], replicas: int) -> Step:
@@ -138,7 +140,9 @@ def logged_step(step: Step, schedule: Callable[[Any], jax.Array], replicas: int)
     return logged
 
 
-def _evaluation(evaluate: Callable[[Any, Any], dict[str, jax.Array]]) -> Callable[..., dict[str, jax.Array]]:
+def _evaluation(
+    evaluate: Callable[[Any, Any], dict[str, jax.Array]],
+) -> Callable[..., dict[str, jax.Array]]:
     """`evaluate`, and the same with `ema_` in front for the averaged parameters where they are kept."""
 
     def both(state: Any, batch: Any) -> dict[str, jax.Array]:
@@ -158,7 +162,9 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
     What the model refuses at its tracing, such as a patch that does not divide the image or an override
     that matches nothing, comes back as ConfigError.
     """
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0))
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0)
+    )
     try:
         abstract = jax.eval_shape(experiment.init)
         return abstract, training.jit_step(experiment.step).lower(abstract, batch).compile()
@@ -167,10 +173,13 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
         raise ConfigError(f"{key}: {error}") from error
 
 
-def evaluate_all(evaluate: Callable[..., dict[str, jax.Array]], state: Any, batches: tuple) -> dict[str, float]:
+def evaluate_all(
+    evaluate: Callable[..., dict[str, jax.Array]], state: Any, batches: tuple
+) -> dict[str, float]:
     """Metrics averaged over all rows of the batches, as floats."""
     results = [evaluate(state, batch) for batch in batches]
     weights = np.array([len(batch["targets"]) for batch in batches], np.float64)
     return {
-        key: float(np.average([float(r[key]) for r in results], weights=weights)) for key in results[0]
+        key: float(np.average([float(r[key]) for r in results], weights=weights))
+        for key in results[0]
     }

@@ -1,6 +1,7 @@
 """The command line: `train.py configs/NAME.py [--dotted.overrides ...]`.
 
-Exit codes: 0 finished, 1 given up by the run itself, 2 a user's mistake, 75 saved on a signal (run again to go on).
+Exit codes: 0 finished, 1 given up by the run itself, 2 a user's mistake, 75 saved on a signal (run again to go on),
+130 stopped at once by a second Ctrl-C.
 A mistake is told in a few lines that name the setting and what to write instead, without a traceback.
 """
 
@@ -29,6 +30,7 @@ from jaxmp.run.config import Config, ConfigError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_KILLED = 130
 USAGE = """usage: train.py configs/NAME.py [--setting VALUE ...]
 
 Trains the experiment of a config file, or resumes it: the same command goes on where the run stopped.
@@ -52,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except CheckpointError as error:
             print(f"error: {shorten(str(error))}", file=sys.stderr)
             return EXIT_FAILED
+        except KeyboardInterrupt:
+            print(
+                "stopped at once; the same command resumes from the newest checkpoint.",
+                file=sys.stderr,
+            )
+            return EXIT_KILLED
         stream = sys.stderr if outcome.exit_code == 1 else sys.stdout
         print(f"{name}: {outcome.message}", file=stream, flush=True)
         return outcome.exit_code
@@ -64,7 +72,9 @@ def parse(arguments: Sequence[str]) -> tuple[Config, str]:
         raise SystemExit(0 if arguments else EXIT_USAGE)
     path, *overrides = arguments
     if path.startswith("-"):
-        raise ConfigError(f"the config file comes first, before {path}; write train.py configs/NAME.py {path} …")
+        raise ConfigError(
+            f"the config file comes first, before {path}; write train.py configs/NAME.py {path} …"
+        )
     config = load(pathlib.Path(path))
     config = override(config, overrides)
     validate.check(config)
@@ -77,19 +87,24 @@ def load(path: pathlib.Path) -> Config:
         names = {str(p): p for p in sorted(path.parent.glob("*.py")) if p.parent.is_dir()}
         near = difflib.get_close_matches(str(path), names, n=1) or list(names)[:1]
         raise ConfigError(
-            f"the config file {path} does not exist; " + (f"did you mean {near[0]}?" if near else "check its path.")
+            f"the config file {path} does not exist; "
+            + (f"did you mean {near[0]}?" if near else "check its path.")
         )
     with _mistakes_in(path):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         if spec is None or spec.loader is None:
-            raise ConfigError(f"the config file {path} is not a Python file; its name must end in .py.")
+            raise ConfigError(
+                f"the config file {path} is not a Python file; its name must end in .py."
+            )
         module = importlib.util.module_from_spec(spec)
         # A config may build on another: `from configs import digits_vit_float32`.
         sys.path.insert(0, str(path.resolve().parent.parent))
         try:
             spec.loader.exec_module(module)
             if not callable(getattr(module, "get_config", None)):
-                raise ConfigError(f"the config file {path} has no get_config(); write one that returns a Config(...).")
+                raise ConfigError(
+                    f"the config file {path} has no get_config(); write one that returns a Config(...)."
+                )
             config = module.get_config()
         finally:
             sys.path.pop(0)
@@ -117,7 +132,7 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(_explain(config, said.getvalue())) from stop
+        raise ConfigError(_explain(config, arguments, said.getvalue())) from stop
     except ValueError as error:  # a dataclass of the model refused its settings
         raise ConfigError(str(error)) from error
 
@@ -142,7 +157,10 @@ def use_compilation_cache() -> None:
 
 def shorten(text: str, lines: int = 5, width: int = 300) -> str:
     """The first lines of a message, the long ones cut."""
-    rows = [line if len(line) <= width else line[: width - 1] + "…" for line in text.strip().splitlines()]
+    rows = [
+        line if len(line) <= width else line[: width - 1] + "…"
+        for line in text.strip().splitlines()
+    ]
     return "\n".join(rows[:lines])
 
 
@@ -150,49 +168,70 @@ def _processor() -> str:
     features = platform.machine() + platform.processor()
     with contextlib.suppress(OSError):
         text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        features += "".join(re.findall(r"^(?:flags|Features|model name)\s*:.*$", text, re.MULTILINE)[:2])
+        features += "".join(
+            re.findall(r"^(?:flags|Features|model name)\s*:.*$", text, re.MULTILINE)[:2]
+        )
     return hashlib.sha256(features.encode()).hexdigest()[:12]
 
 
 def _check_names(config: Config, arguments: Sequence[str]) -> None:
     """Every `--name` must be a setting of this config."""
     settings = configs.flatten(config)
-    last = {key.rpartition(".")[2]: key for key in settings}
     for argument in arguments:
-        if not argument.startswith("--"):
-            continue
         key = argument[2:].partition("=")[0].replace("-", "_")
-        if key in settings:
-            continue
-        near = [k for k in settings if k.startswith(key + ".")][:3]
-        near += difflib.get_close_matches(key, settings, n=1)
-        tails = difflib.get_close_matches(key.rpartition(".")[2], last, n=2)
-        near += [last[tail] for tail in tails]
-        hint = "did you mean " + " or ".join(f"--{k}" for k in dict.fromkeys(near)) + "?" if near else "see --help."
-        raise ConfigError(f"--{key} is not a setting of this config; {hint}")
+        if argument.startswith("--") and key not in settings:
+            raise ConfigError(
+                f"--{key} is not a setting of this config; {_nearest(key, list(settings))}"
+            )
 
 
-def _explain(config: Config, said: str) -> str:
+def _nearest(key: str, settings: list[str]) -> str:
+    """What somebody who wrote `key` may have meant."""
+    members = [f"--{name}" for name in settings if name.startswith(key.partition(".")[0] + ".")]
+    if members and "." not in key:
+        return f"there are {', '.join(members)}."
+    last = {setting.rpartition(".")[2]: setting for setting in settings}
+    near = difflib.get_close_matches(key, settings, n=1, cutoff=0.8)
+    near += [
+        last[tail]
+        for tail in difflib.get_close_matches(key.rpartition(".")[2], last, n=2, cutoff=0.8)
+    ]
+    if near:
+        return "did you mean " + " or ".join(f"--{name}" for name in dict.fromkeys(near)) + "?"
+    return f"there are {', '.join(members)}." if members else "--help lists all."
+
+
+def _explain(config: Config, arguments: Sequence[str], said: str) -> str:
     """tyro's boxed message as one sentence: which setting, what it takes, what it is now."""
-    text = " ".join(re.sub(r"[─-╿]", " ", said).split())
+    text = " ".join(re.sub(r"[─-╿|+]|-{3,}", " ", said).split())
     settings, kinds = configs.flatten(config), validate.setting_types(config)
     for key in re.findall(r"--([\w.-]+)", text):
         key = key.replace("-", "_")
         if key in settings:
-            wanted = validate.describe_type(kinds[key])
-            got = re.search(r"('[^']*')", text.partition("helptext")[0].partition(key)[2])
-            head = f"--{key} cannot be {got[1]}" if got and "Missing" not in text else f"--{key} lacks a value"
-            return f"{head}; write {wanted}, such as --{key} {_example(kinds[key], settings[key])}"
+            given = _given(arguments, key)
+            head = f"--{key} cannot be {given!r}" if given else f"--{key} lacks a value"
+            return f"{head}; write {validate.describe_type(kinds[key])}, such as {_example(key, settings[key])}."
     stray = re.search(r"Unrecognized options: (.+?)(?: Perhaps| For full|$)", text)
     if stray:
         return f"{stray[1].strip()!r} belongs to no setting; write --name VALUE, one value each (see --help)."
-    return text
+    refused = re.search(r"Error parsing (\w+: .+?)(?: For full|$)", text)
+    return refused[1] if refused else text
 
 
-def _example(kind: Any, value: Any) -> str:
+def _given(arguments: Sequence[str], key: str) -> str:
+    """The first value that the command line gives to a setting; "" if none."""
+    for place, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name.replace("-", "_") == "__" + key:
+            following = arguments[place + 1] if place + 1 < len(arguments) else ""
+            return value or ("" if following.startswith("--") else following)
+    return ""
+
+
+def _example(key: str, value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(map(str, value)) or "'**/LayerNorm_*' float32"
-    return str(value) if str(value) else "runs/try"
+        return f"--{key} " + (" ".join(map(str, value)) or "'**/LayerNorm_*' float32")
+    return f"--{key} {value}" if str(value) else f"--{key} runs/try"
 
 
 @contextlib.contextmanager
@@ -206,7 +245,9 @@ def _mistakes_in(path: pathlib.Path) -> Iterator[None]:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = getattr(error, "lineno", None) or (frames[-1].lineno if frames else None)
         place = f"{path}, line {line}" if line else str(path)
-        raise ConfigError(f"{place}: {type(error).__name__}: {error}{_known_fields(error)}") from error
+        raise ConfigError(
+            f"{place}: {type(error).__name__}: {error}{_known_fields(error)}"
+        ) from error
 
 
 def _known_fields(error: Exception) -> str:

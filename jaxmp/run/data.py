@@ -73,7 +73,12 @@ class Source:
 
 
 def load(
-    config: DataConfig, batch_size: int, seed: int, *, process_index: int = 0, process_count: int = 1
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Source:
     """The data set that `config` describes, cut into global batches of `batch_size` in the order of `seed`.
 
@@ -85,13 +90,17 @@ def load(
         return _digits_source(config, batch_size, seed, rows)
     if isinstance(config, TextConfig):
         return _text_source(config, batch_size, seed, rows)
-    raise ValueError(f"data is a {type(config).__name__}; write DigitsConfig(...) or TextConfig(...).")
+    raise ValueError(
+        f"data is a {type(config).__name__}; write DigitsConfig(...) or TextConfig(...)."
+    )
 
 
 def process_slice(batch_size: int, index: int, count: int) -> slice:
     """The rows of a global batch that process `index` of `count` reads."""
     if count < 1 or not 0 <= index < count:
-        raise ValueError(f"process {index} of {count} does not exist; index must lie in 0..{count - 1}.")
+        raise ValueError(
+            f"process {index} of {count} does not exist; index must lie in 0..{count - 1}."
+        )
     if batch_size % count:
         raise ValueError(
             f"batch_size={batch_size} does not divide among {count} processes; "
@@ -150,7 +159,9 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
     if importlib.util.find_spec("sklearn") is None:
-        raise ValueError("The digits come with scikit-learn, which is not installed: pip install scikit-learn.")
+        raise ValueError(
+            "The digits come with scikit-learn, which is not installed: pip install scikit-learn."
+        )
     # A path below the package's folder, found without running sklearn/__init__.py.
     spec = importlib.util.find_spec("sklearn")
     folder = pathlib.Path(spec.submodule_search_locations[0])  # type: ignore[union-attr,index]
@@ -165,16 +176,22 @@ def shift_images(images: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.
     height, width = images.shape[1:3]
     rows = np.arange(height)[None, :] - down[:, None]
     columns = np.arange(width)[None, :] - right[:, None]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
+        :, None, :
+    ]
     moved = images[
-        np.arange(len(images))[:, None, None], rows.clip(0, height - 1)[:, :, None], columns.clip(0, width - 1)[:, None]
+        np.arange(len(images))[:, None, None],
+        rows.clip(0, height - 1)[:, :, None],
+        columns.clip(0, width - 1)[:, None],
     ]
     return np.where(inside[..., None], moved, np.float32(0))
 
 
 def _digits_source(config: DigitsConfig, batch_size: int, seed: int, rows: slice) -> Source:
     if not 0 <= config.shift <= 3:
-        raise ValueError(f"data.shift={config.shift} must lie in 0..3: the images are 8 pixels wide.")
+        raise ValueError(
+            f"data.shift={config.shift} must lie in 0..3: the images are 8 pixels wide."
+        )
     images, labels = digits()
     train = DIGITS_TRAIN_ROWS
     _check_batch(batch_size, train, "images")
@@ -242,11 +259,15 @@ def _text_source(config: TextConfig, batch_size: int, seed: int, rows: slice) ->
 
     def batch_at(step: int) -> Batch:
         epochs, chosen = (a[rows] for a in batch_indices(order, step, batch_size, windows))
-        shift = {e: int(random_words(seed, int(e), 1, stream=1)[0] % length) for e in np.unique(epochs)}
+        shift = {
+            e: int(random_words(seed, int(e), 1, stream=1)[0] % length) for e in np.unique(epochs)
+        }
         return cut_out(chosen * length + np.array([shift[e] for e in epochs]))
 
     wanted = min(config.validation_windows or held_windows, held_windows)
     starts = cut + length * (np.arange(wanted) * held_windows // wanted)
     validation = tuple(cut_out(starts[i : i + batch_size]) for i in range(0, wanted, batch_size))
-    about = f"{config.path}: {cut:,} bytes to train, {len(text) - cut:,} held out, windows of {length}"
+    about = (
+        f"{config.path}: {cut:,} bytes to train, {len(text) - cut:,} held out, windows of {length}"
+    )
     return Source(batch_at, validation, windows, BYTE_VALUES, "tokens", length, about)

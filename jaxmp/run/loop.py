@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxmp.run import build, checkpoint, metrics, progress, signals, validate, workdir
+from jaxmp.run import build, checkpoint, data, metrics, progress, signals, validate, workdir
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.run.watch import RunFailed, Watch
@@ -39,16 +39,23 @@ class Outcome:
     """The end in a sentence."""
 
 
-def train(config: Config, *, name: str = "run", stop: signals.StopRequest | None = None) -> Outcome:
+def train(
+    config: Config,
+    *,
+    name: str = "run",
+    source: data.Source | None = None,
+    stop: signals.StopRequest | None = None,
+) -> Outcome:
     """Runs the experiment in its work directory, from its newest checkpoint if there is one.
 
-    `stop` is asked after every step; once set, the run saves and returns with exit code 75. Raises ConfigError
+    `source` is read in place of what `config.data` describes. `stop` is asked after every step; once set, the run
+    saves and returns with exit code 75. Raises ConfigError
     for a user's mistake, CheckpointError when checkpoints cannot be written or are all damaged.
     """
     validate.check(config)
     stop = signals.StopRequest() if stop is None else stop
     where = pathlib.Path(config.workdir or f"runs/{name}").expanduser()
-    parts = build.build(config)
+    parts = build.build(config, source)
     workdir.prepare(where)
     with _store(where, config) as store:
         if store.steps():
@@ -109,13 +116,14 @@ def _steps(
             recorder.sync()
             store.save(done, state, meta, wait=True)
     except RunFailed as failure:
-        recorder.sync()
-        return Outcome(done, 1, recorder.newest, str(failure))
+        return Outcome(failure.step, 1, recorder.newest, str(failure))
     if done < config.steps:
         message = f"stopped by {stop.signal} and saved at step {done}; the same command resumes."
         return Outcome(done, signals.EXIT_INTERRUPTED, recorder.newest, message)
     spent = progress.duration(time.perf_counter() - start)
-    return Outcome(done, 0, recorder.newest, f"step {done} done in {spent}: {describe(recorder.newest)}")
+    return Outcome(
+        done, 0, recorder.newest, f"step {done} done in {spent}: {describe(recorder.newest)}"
+    )
 
 
 class Recorder:
@@ -198,7 +206,9 @@ def describe(evaluation: dict[str, Any]) -> str:
     for key, value in evaluation.items():
         if key != "step":
             name = key.replace("_", " ")
-            words.append(f"{name} {value:.1%}" if key.endswith("accuracy") else f"{name} {value:.4f}")
+            words.append(
+                f"{name} {value:.1%}" if key.endswith("accuracy") else f"{name} {value:.4f}"
+            )
     return ", ".join(words) or "not evaluated yet"
 
 
@@ -238,7 +248,12 @@ def _restore(
 
 
 def _opening(
-    parts: build.Experiment, name: str, where: pathlib.Path, abstract: Any, done: int, compiled: float
+    parts: build.Experiment,
+    name: str,
+    where: pathlib.Path,
+    abstract: Any,
+    done: int,
+    compiled: float,
 ) -> str:
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     resumed = f", resuming behind step {done}" if done else ""
@@ -257,4 +272,6 @@ def _report(where: pathlib.Path, name: str, shown: progress.Progress) -> None:
     try:
         shown.note(f"report: {report.write(where, name)}")
     except ImportError:
-        shown.note("no report: it needs matplotlib (pip install matplotlib); metrics.jsonl has the figures.")
+        shown.note(
+            "no report: it needs matplotlib (pip install matplotlib); metrics.jsonl has the figures."
+        )

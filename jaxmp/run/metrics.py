@@ -16,6 +16,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+from jaxmp.run.config import ConfigError
+
 Record = dict[str, Any]
 
 
@@ -69,11 +71,14 @@ class TensorBoard:
     """Scalars for TensorBoard, one series a key, through tensorboardX."""
 
     def __init__(self, directory: pathlib.Path, *, after: int) -> None:
-        """Opens event files in `directory`; points behind step `after` of an earlier start are hidden."""
+        """Opens event files in `directory`; points behind step `after` of an earlier start are hidden.
+
+        Raises ConfigError where tensorboardX is missing.
+        """
         try:
             import tensorboardX
         except ImportError as error:
-            raise ValueError(
+            raise ConfigError(
                 "log.tensorboard needs the package tensorboardX, which is not installed: "
                 "pip install tensorboardX, or leave log.tensorboard off."
             ) from error

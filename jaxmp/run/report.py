@@ -33,7 +33,9 @@ def write(directory: pathlib.Path, name: str) -> pathlib.Path:
     picture = directory / "report.png"
     draw(steps, evaluations, name).savefig(picture, dpi=150)
     page = directory / "report.html"
-    page.write_text(_page(name, steps, evaluations, settings, picture.read_bytes()), encoding="utf-8")
+    page.write_text(
+        _page(name, steps, evaluations, settings, picture.read_bytes()), encoding="utf-8"
+    )
     return page
 
 
@@ -46,11 +48,22 @@ def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record],
     panels = figure.subplots(2, 3)
     x = column(steps, "step")
     held_x = column(evaluations, "step")
-    for axes, key, title in ((panels[0, 0], "loss", "Loss"), (panels[0, 1], "accuracy", "Accuracy")):
+    for axes, key, title in (
+        (panels[0, 0], "loss", "Loss"),
+        (panels[0, 1], "accuracy", "Accuracy"),
+    ):
         y = column(steps, key)
         axes.plot(x, y, color=ACCENT, alpha=0.22, linewidth=0.8)
         axes.plot(x, smooth(y), color=ACCENT, linewidth=1.6, label="training")
-        axes.plot(held_x, column(evaluations, key), "o-", color=SECOND, markersize=4, linewidth=1.2, label="held out")
+        axes.plot(
+            held_x,
+            column(evaluations, key),
+            "o-",
+            color=SECOND,
+            markersize=4,
+            linewidth=1.2,
+            label="held out",
+        )
         axes.legend(frameon=False, fontsize=9)
         _style(axes, title)
     _logarithmic_if_far(panels[0, 0], column(steps, "loss"))
@@ -61,7 +74,13 @@ def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record],
         (panels[1, 1], "loss_scale", "Loss scale"),
     ):
         y = column(steps, key)
-        axes.plot(x, y, color=ACCENT, linewidth=1.2, drawstyle="steps-post" if key == "loss_scale" else "default")
+        axes.plot(
+            x,
+            y,
+            color=ACCENT,
+            linewidth=1.2,
+            drawstyle="steps-post" if key == "loss_scale" else "default",
+        )
         _style(axes, title)
         if key == "grad_norm" and np.any(y > 0):
             axes.set_yscale("log")
@@ -69,7 +88,9 @@ def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record],
             axes.set_yscale("log", base=2)
             axes.set_ylim(min(0.5, np.nanmin(y) / 2), np.nanmax(y) * 4)
     skipped = np.nan_to_num(column(steps, "skipped"))
-    panels[1, 2].fill_between(x, np.cumsum(skipped), step="post", color=SECOND, alpha=0.35, linewidth=0)
+    panels[1, 2].fill_between(
+        x, np.cumsum(skipped), step="post", color=SECOND, alpha=0.35, linewidth=0
+    )
     panels[1, 2].plot(x, np.cumsum(skipped), color=SECOND, linewidth=1.2, drawstyle="steps-post")
     panels[1, 2].set_ylim(0, max(1.0, skipped.sum() * 1.15))
     _style(panels[1, 2], f"Skipped steps, {int(skipped.sum())} in all")
@@ -86,6 +107,8 @@ def column(records: Sequence[metrics.Record], key: str) -> np.ndarray:
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """A running mean over a fiftieth of the values, centred, that leaves NaN out."""
+    if not len(values):
+        return values
     width = max(1, len(values) // 50)
     known = np.isfinite(values)
     total = np.convolve(np.where(known, values, 0), np.ones(width), mode="same")
@@ -93,18 +116,24 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def summary(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record]) -> dict[str, str]:
+def summary(
+    steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record]
+) -> dict[str, str]:
     """The outcome in a few figures, each as text: held-out results, steps, skips, time, speed."""
     figures: dict[str, str] = {}
     if evaluations:
         for key, value in evaluations[-1].items():
             if key != "step" and value is not None:
-                figures["held-out " + key.replace("_", " ")] = f"{value:.1%}" if "accuracy" in key else f"{value:.4f}"
+                figures["held-out " + key.replace("_", " ")] = (
+                    f"{value:.1%}" if "accuracy" in key else f"{value:.4f}"
+                )
     figures["steps"] = f"{len(steps):,}"
     figures["skipped"] = f"{sum(bool(record.get('skipped')) for record in steps):,}"
     unit = next((key for key in (steps[-1] if steps else ()) if key.endswith("_per_second")), None)
     if unit:
-        figures[unit.replace("_per_second", "/s (median)")] = f"{np.nanmedian(column(steps, unit)):,.0f}"
+        figures[unit.replace("_per_second", "/s (median)")] = (
+            f"{np.nanmedian(column(steps, unit)):,.0f}"
+        )
     return figures
 
 
@@ -152,8 +181,12 @@ def _page(
         f"<div><b>{text(value)}</b><span>{text(key)}</span></div>"
         for key, value in summary(steps, evaluations).items()
     )
-    outline = ", ".join(f"{key.rpartition('.')[2]} {settings[key]}" for key in _HEADLINE if key in settings)
-    models = " on ".join(str(settings[k]).removesuffix("Config") for k in ("model", "data") if k in settings)
+    outline = ", ".join(
+        f"{key.rpartition('.')[2]} {settings[key]}" for key in _HEADLINE if key in settings
+    )
+    models = " on ".join(
+        str(settings[k]).removesuffix("Config") for k in ("model", "data") if k in settings
+    )
     lines = "".join(f"<div>{text(key)} = {text(value)}</div>" for key, value in settings.items())
     image = base64.b64encode(picture).decode()
     made = f"{time.strftime('%Y-%m-%d %H:%M')}, jax {jax.__version__} on {jax.devices()[0].device_kind}, Python {platform.python_version()}"

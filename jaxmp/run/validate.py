@@ -23,7 +23,11 @@ _BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("replicas", lambda x: x >= 1, "at least 1 (1: off)"),
     ("seed", lambda x: 0 <= x < 2**32, "between 0 and 4294967295"),
     ("optimizer.learning_rate", lambda x: x > 0, "above 0, such as 1e-3"),
-    ("optimizer.warmup", lambda x: x >= 0 and (x < 1 or x == int(x)), "a share of the steps below 1, or a number of steps (0: no warm-up)"),
+    (
+        "optimizer.warmup",
+        lambda x: x >= 0 and (x < 1 or x == int(x)),
+        "a share of the steps below 1, or a number of steps (0: no warm-up)",
+    ),
     ("optimizer.decay_steps", lambda x: x >= 0, "at least 0 (0: a fifth of all steps)"),
     ("optimizer.weight_decay", lambda x: x >= 0, "at least 0 (0: none)"),
     ("optimizer.b1", lambda x: 0 <= x < 1, "in [0, 1), such as 0.9"),
@@ -136,7 +140,9 @@ def _check_policy(config: Config) -> None:
             f"master copy, since 16 bits lose small updates; write policy={better}."
         )
     if "float64" in (compute, policy.output_dtype.name):
-        raise ConfigError(f"policy={config.policy!r} asks for float64, which a run does not use; write float32.")
+        raise ConfigError(
+            f"policy={config.policy!r} asks for float64, which a run does not use; write float32."
+        )
 
 
 def _parses(policy: str) -> bool:
@@ -178,7 +184,10 @@ def _check_schedule(config: Config) -> None:
 
 def _check_loss_scale(config: Config) -> None:
     scale = config.loss_scale
-    if configs.loss_scale_kind(config) == "dynamic" and not scale.floor <= scale.initial <= scale.cap:
+    if (
+        configs.loss_scale_kind(config) == "dynamic"
+        and not scale.floor <= scale.initial <= scale.cap
+    ):
         raise ConfigError(
             f"loss_scale.initial={scale.initial:g} lies outside of loss_scale.floor={scale.floor:g} and "
             f"loss_scale.cap={scale.cap:g}; write an initial between them."
@@ -190,7 +199,11 @@ def _check_pair(config: Config) -> None:
     model, data = config.model, config.data
     wants_tokens, gives_tokens = isinstance(model, GPTConfig), not isinstance(data, DigitsConfig)
     if wants_tokens != gives_tokens:
-        other = "TextConfig(...), which gives tokens" if wants_tokens else "DigitsConfig(), which gives images"
+        other = (
+            "TextConfig(...), which gives tokens"
+            if wants_tokens
+            else "DigitsConfig(), which gives images"
+        )
         raise ConfigError(
             f"model={type(model).__name__} cannot read data={type(data).__name__}; write data={other}."
         )
@@ -205,4 +218,6 @@ def _check_pair(config: Config) -> None:
                 "make them equal."
             )
     elif model.num_classes < DIGIT_CLASSES:
-        raise ConfigError(f"model.num_classes={model.num_classes} is too small for ten digits; write 10.")
+        raise ConfigError(
+            f"model.num_classes={model.num_classes} is too small for ten digits; write 10."
+        )

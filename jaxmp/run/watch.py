@@ -11,7 +11,11 @@ from jaxmp.run.config import Config
 
 
 class RunFailed(RuntimeError):
-    """The run cannot go on usefully; the message says why and what to look at."""
+    """The run cannot go on usefully; the message says since which step, why, and what to look at."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step = step
 
 
 class Watch:
@@ -34,29 +38,30 @@ class Watch:
         self._skipped = self._skipped + 1 if record["skipped"] else 0
         self._at_floor = self._at_floor + 1 if record["loss_scale"] <= self._floor else 0
         if self._skipped >= self._patience:
-            raise RunFailed(self._skipping(record))
+            raise RunFailed(record["step"], self._skipping(record["loss"], record["loss_scale"]))
         if self._at_floor >= self._patience:
             raise RunFailed(
-                f"step {record['step']}: the loss scale has been at its floor of {self._floor:g} for "
+                record["step"],
+                f"the loss scale has been at its floor of {self._floor:g} for "
                 f"{self._at_floor} steps, so small float16 gradients are lost. Something made it fall: look at "
                 "grad_norm and skipped in metrics.jsonl where loss_scale drops; clip, lower the learning rate, "
-                "or compute in bfloat16."
+                "or compute in bfloat16.",
             )
 
-    def _skipping(self, record: Mapping[str, Any]) -> str:
-        head = f"step {record['step']}: the last {self._skipped} steps were all skipped, "
-        loss = record["loss"]
+    def _skipping(self, loss: float | None, scale: float) -> str:
+        head = f"the last {self._skipped} steps were all skipped, "
         if loss is None or not math.isfinite(loss):
             return head + (
                 "and the loss itself is not finite, which no loss scale can mend. Look at the inputs and at "
                 "activations beyond the range of the compute dtype; lower the learning rate or write "
                 "--policy mixed_bfloat16."
             )
-        advice = (
-            f"though the loss scale went down to {record['loss_scale']:g}: look at grad_norm in metrics.jsonl, "
-            "lower the learning rate or write --policy mixed_bfloat16."
-            if self._dynamic
-            else "since gradients were not finite and the loss scale does not adapt: write "
+        if self._dynamic:
+            return head + (
+                f"though the loss scale went down to {scale:g}: look at grad_norm in metrics.jsonl, "
+                "lower the learning rate or write --policy mixed_bfloat16."
+            )
+        return head + (
+            "since gradients were not finite and the loss scale does not adapt: write "
             "--loss_scale.kind dynamic, a lower learning rate, or --policy mixed_bfloat16."
         )
-        return head + advice

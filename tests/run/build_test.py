@@ -1,0 +1,98 @@
+"""The parts of a run, and the experiment that float16 fails without loss scaling."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits_mlp_float32, digits_mlp_replicas_float16
+from jaxmp.numerics import tree as trees
+from jaxmp.run import build
+from jaxmp.run.config import LossScaleConfig, OptimizerConfig
+
+REPLICAS = digits_mlp_replicas_float16.get_config()
+
+
+def trained(config, steps=None):
+    """(state before, state after, mean held-out metrics, the last step's metrics)."""
+    parts = build.build(config)
+    _, step = build.compile_step(parts)
+    init = jax.jit(parts.init)
+    state = init()
+    for index in range(steps or config.steps):
+        state, metrics = step(state, parts.source.batch_at(index))
+    held_out = build.evaluate_all(jax.jit(parts.evaluate), state, parts.source.validation)
+    return init(), state, held_out, metrics
+
+
+def test_without_loss_scaling_no_weight_moves_by_a_bit():
+    config = dataclasses.replace(REPLICAS, loss_scale=LossScaleConfig("none"))
+    before, after, held_out, _ = trained(config)
+    assert int(after.step) == 400  # not skipped: applied, and nothing
+    # The ten biases behind the last product are out of the flood: their gradient is summed in float32.
+    moved = [
+        trees.path_string(path)
+        for (path, old), new in zip(
+            jax.tree_util.tree_leaves_with_path(before.params),
+            jax.tree.leaves(after.params),
+            strict=True,
+        )
+        if np.any(old != new)
+    ]
+    assert moved == ["head/bias"]
+    assert held_out["accuracy"] < 0.2
+
+
+@pytest.mark.slow
+def test_with_dynamic_loss_scaling_it_matches_float32_over_seeds():
+    accuracy = {"float16": [], "float32": []}
+    for seed in range(3):
+        for name, policy in (("float16", "mixed_float16"), ("float32", "float32")):
+            _, _, held_out, _ = trained(dataclasses.replace(REPLICAS, policy=policy, seed=seed))
+            accuracy[name].append(held_out["accuracy"])
+    assert min(accuracy["float16"]) > 0.90
+    assert abs(np.mean(accuracy["float16"]) - np.mean(accuracy["float32"])) < 0.01
+
+
+@pytest.mark.parametrize("replicas", [1, 2**10, 2**19])
+def test_in_float32_replicas_change_nothing(replicas):
+    config = dataclasses.replace(digits_mlp_float32.get_config(), batch_size=64)
+    one, many = (trained(dataclasses.replace(config, replicas=r), steps=5) for r in (1, replicas))
+    jax.tree.map(np.testing.assert_array_equal, one[1].params, many[1].params)
+    assert one[3]["grad_norm"] == many[3]["grad_norm"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "rsqrt", "constant", "stable_decay"])
+def test_schedules_begin_at_zero_and_reach_their_peak(schedule):
+    config = dataclasses.replace(
+        digits_mlp_float32.get_config(),
+        optimizer=OptimizerConfig(learning_rate=0.3, schedule=schedule, warmup=10),
+        steps=100,
+    )
+    rate = build.schedule_of(config)
+    assert rate(0) == 0 and rate(10) == np.float32(0.3)
+    assert (
+        rate(100) == (0 if schedule in ("cosine", "stable_decay") else rate(100)) and rate(60) > 0
+    )
+    if schedule == "stable_decay":
+        assert rate(80) == np.float32(0.3) and 0 < rate(90) < 0.3
+
+
+def test_the_step_is_donated_and_its_state_stays_float32():
+    config = dataclasses.replace(REPLICAS, batch_size=16)
+    parts = build.build(config)
+    _, step = build.compile_step(parts)
+    state = jax.jit(parts.init)()
+    kernel = jax.tree.leaves(state.params)[-1]
+    new, _ = step(state, parts.source.batch_at(0))
+    assert kernel.is_deleted()
+    floating = [leaf for leaf in jax.tree.leaves(new) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert {leaf.dtype.name for leaf in floating} == {"float32"}
+
+
+def test_evaluation_weighs_rows_not_batches():
+    batches = ({"targets": np.zeros(3)}, {"targets": np.zeros(1)})
+    evaluate = lambda state, batch: {"loss": jnp.float32(len(batch["targets"]))}
+    assert build.evaluate_all(evaluate, None, batches) == {"loss": (3 * 3 + 1) / 4}

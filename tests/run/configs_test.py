@@ -1,0 +1,79 @@
+"""Every shipped config: its docstring is a contract, and it trains two steps."""
+
+import ast
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmp.run import build, cli, loop, metrics
+from jaxmp.run import config as configs
+from jaxmp.run.config import EvalConfig, LogConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+SMALLER = {"depth": 1, "width": 32}
+
+
+def test_the_configs_that_were_promised_are_there():
+    precisions = ("float32", "bfloat16", "float16")
+    wanted = {
+        f"{task}_{p}" for task in ("digits_mlp", "digits_vit", "text_gpt") for p in precisions
+    }
+    assert {f.stem for f in FILES} >= wanted | {
+        "digits_resnet_float16",
+        "digits_mlp_replicas_float16",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_docstring_is_a_contract(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    for promise in (
+        "Trains:",
+        f"Command: python scripts/train.py configs/{path.name}",
+        "Hardware and time:",
+        "Expected:",
+    ):
+        assert promise in text
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_its_name_tells_its_precision(path):
+    config = cli.load(path)
+    assert path.stem.endswith("_" + configs.policy_of(config).compute_dtype.name)
+    assert config.workdir == ""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_trains_two_steps(path, tmp_path):
+    config = cli.load(path)
+    fields = {field.name for field in dataclasses.fields(config.model)}
+    small = {k: v for k, v in SMALLER.items() if "depth" in fields and k in fields}
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **small),
+        optimizer=dataclasses.replace(config.optimizer, warmup=0),
+        steps=2,
+        batch_size=16,
+        workdir=str(tmp_path),
+        eval=EvalConfig(every=0),
+        log=LogConfig(report=False),
+    )
+    outcome = loop.train(config, name=path.stem)
+    assert (outcome.step, outcome.exit_code) == (2, 0)
+    first, second = metrics.read(tmp_path / "metrics.jsonl")
+    assert np.isfinite([first["loss"], second["loss"], first["grad_norm"]]).all()
+    assert first["loss_scale"] == (
+        1 if "float16" not in path.stem.replace("bfloat16", "") else config.loss_scale.initial
+    )
+    assert not first["skipped"] and first["learning_rate"] == np.float32(
+        config.optimizer.learning_rate
+    )
+
+
+def test_the_default_experiment_is_of_the_size_it_says():
+    state = jax.eval_shape(build.build(cli.load(ROOT / "configs" / "digits_vit_bfloat16.py")).init)
+    assert round(sum(leaf.size for leaf in jax.tree.leaves(state.params)), -3) == 115_000
