@@ -15,6 +15,7 @@ import json
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -92,7 +93,10 @@ def kill(run: Run, draw: random.Random, seconds: float, *, saving: bool) -> str:
         wait_for(run.checkpoints, process)
         time.sleep(draw.uniform(0, seconds))
     process.kill()
-    return "after its end" if process.wait() == 0 else moment(run)
+    if process.wait() == -signal.SIGKILL:
+        return moment(run)
+    run.finish(process)
+    return "after its end"
 
 
 def wait_for(path: pathlib.Path, process: subprocess.Popen) -> None:
