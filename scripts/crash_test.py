@@ -137,7 +137,7 @@ def difference(run: Run, reference: Run) -> str | None:
 
 def main() -> int:
     """Runs the whole test and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Kills runs, resumes them, compares.")
     parser.add_argument("--config", default="configs/digits_mlp_bfloat16.py")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=200)
