@@ -162,9 +162,9 @@ class Planner:
         if form == Form.LOW:
             if Form.FREE in present and (demand & Demand.OUTPUT or name in rules.COMPARES):
                 return Form.FULL, Form.FULL, REASONS["master"]
-            awaited = demand & (Demand.FLOAT32 | Demand.OUTPUT) and not demand & PRODUCT
             native = self.demands.override(scope) == self.settings.dtype
-            if awaited and not (moves or native or _adds_bias(eqn, operands)):
+            eaten = moves or native or demand & PRODUCT
+            if not eaten and _is_awaited(eqn, operands, demand):
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
@@ -286,12 +286,20 @@ def _spread(form: Form | None, atom: Any, eqn: Any) -> Form | None:
     return Form.OPEN if repeated else form
 
 
-def _adds_bias(eqn: Any, operands: list[Form | None]) -> bool:
-    """Whether a product's result gets its bias: in 16 bits, or its gradient is kept twice.
+def _is_awaited(eqn: Any, operands: list[Form | None], demand: Demand) -> bool:
+    """Whether 16-bit arithmetic that no product eats is done in float32: squares, masks, losses.
 
-    A bias added in float32 sums a float32 cotangent, while the product reads a 16-bit copy of it.
+    A product's bias is always added in 16 bits. Added in float32, the sum for its gradient would
+    read a float32 cotangent that is written for it alone.
     """
-    adds = eqn.primitive.name == "add"
-    return adds and any(
-        form is Form.OPEN and not programs.is_literal(v) for v, form in zip(eqn.invars, operands)
-    )
+    if eqn.primitive.name == "add":
+        for atom, form in zip(eqn.invars, operands):
+            if form is Form.OPEN and not programs.is_literal(atom) and _is_bias(atom):
+                return False
+    return bool(demand & (Demand.FLOAT32 | Demand.OUTPUT))
+
+
+def _is_bias(atom: Any) -> bool:
+    """Whether a value varies along one axis only, and is repeated along the others."""
+    shape = atom.aval.shape
+    return len(shape) > 1 and atom.aval.size == max(shape)
