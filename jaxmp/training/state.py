@@ -45,16 +45,20 @@ class TrainState:
         Floating-point parameters narrower than float32 are widened to it. All arrays are copied, so
         that donating the state to a step cannot delete arrays the caller still holds.
         """
-        own = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-        params = jax.tree.map(_at_least_float32, own(params))
+        params = jax.tree.map(_at_least_float32, _own(params))
         return cls(
             step=jnp.zeros([], jnp.int32),
             params=params,
             opt_state=tx.init(params),
-            model_state={} if model_state is None else own(model_state),
+            model_state={} if model_state is None else _own(model_state),
             rng=jax.random.key(0) if rng is None else jnp.array(rng, copy=True),
             **fields,
         )
+
+
+def _own(tree: Any) -> Any:
+    """A copy; naming the dtype drops weak types, which would change after the first step."""
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), tree)
 
 
 def _at_least_float32(leaf: jax.Array) -> jax.Array:
