@@ -1,7 +1,8 @@
 """Ten plays of Shakespeare, byte by byte, with a small GPT in bfloat16, float32 master parameters.
 
-Trains: 2 blocks of width 128 on windows of 64 bytes, 438 thousand parameters, over 1.14 MB of text; tests on the last
-    play and a bit, 99 kB. After GPT-2; warm-up, decay and clipping are the transformer recipe's.
+Trains: 2 blocks of width 128 on windows of 64 bytes, 438 thousand parameters, over 1.14 MB of text;
+    tests on the last play and a bit, 99 kB. After GPT-2; warm-up, decay and clipping as the
+    transformer recipe advises.
 Command: python scripts/train.py configs/text_gpt_bfloat16.py
 Hardware and time: two CPU cores, half a minute.
 Expected: 2.27 nats a byte on the held-out text (5.55, the log of 256, before), within 0.02 of float32.

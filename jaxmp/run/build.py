@@ -117,8 +117,9 @@ def transformation(
 def replicated_loss(replicas: int) -> Callable[[Any, Any], jax.Array]:
     """Cross-entropy whose gradient is that of one of `replicas` identical workers averaging their losses.
 
-    Forward nothing changes. Backward, the cotangent of the logits is at most 1 / (batch * replicas): with
-    2^25 examples or more every float16 cotangent rounds to zero unless the loss is scaled.
+    Forward nothing changes. Backward, the cotangent of the logits is at most 1 / (batch *
+    replicas): with 2^25 examples or more every float16 cotangent rounds to zero unless the loss is
+    scaled.
     """
     if replicas == 1:
         return F.softmax_cross_entropy
@@ -159,8 +160,8 @@ def _evaluation(
 def compile_step(experiment: Experiment) -> tuple[Any, Step]:
     """(abstract state, the step compiled once with its state donated).
 
-    What the model refuses at its tracing, such as a patch that does not divide the image or an override
-    that matches nothing, comes back as ConfigError.
+    What the model refuses at its tracing, such as a patch that does not divide the image or an
+    override that matches nothing, comes back as ConfigError.
     """
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0)

@@ -1,8 +1,8 @@
 """The command line: `train.py configs/NAME.py [--dotted.overrides ...]`.
 
-Exit codes: 0 finished, 1 given up by the run itself, 2 a user's mistake, 75 saved on a signal (run again to go on),
-130 stopped at once by a second Ctrl-C.
-A mistake is told in a few lines that name the setting and what to write instead, without a traceback.
+Exit codes: 0 finished, 1 given up by the run itself, 2 a user's mistake, 75 saved on a signal (run
+again to go on), 130 stopped at once by a second Ctrl-C. A mistake is told in a few lines that name
+the setting and what to write instead, without a traceback.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def load(path: pathlib.Path) -> Config:
 
 
 def override(config: Config, arguments: Sequence[str]) -> Config:
-    """The config with `--dotted.name VALUE` settings replaced. Raises ConfigError, or SystemExit(0) for help."""
+    """The config with `--dotted.name VALUE` settings replaced. Raises ConfigError, or SystemExit(0)."""
     import tyro
 
     if not any(argument in _HELP for argument in arguments):
@@ -140,10 +140,10 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
 def use_compilation_cache() -> None:
     """Keeps compiled programs between runs in the user's cache directory, unless JAX was told of another.
 
-    The directory's name carries the processor's features, since programs for a CPU are compiled for them and a
-    home directory may be shared by unlike machines.
+    The directory's name carries the processor's features, since programs for a CPU are compiled for
+    them and a home directory may be shared by unlike machines.
     """
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = pathlib.Path(home).expanduser() / "jaxmp" / f"xla-{_processor()}"
@@ -210,7 +210,8 @@ def _explain(config: Config, arguments: Sequence[str], said: str) -> str:
         if key in settings:
             given = _given(arguments, key)
             head = f"--{key} cannot be {given!r}" if given else f"--{key} lacks a value"
-            return f"{head}; write {validate.describe_type(kinds[key])}, such as {_example(key, settings[key])}."
+            wanted, example = validate.describe_type(kinds[key]), _example(key, settings[key])
+            return f"{head}; write {wanted}, such as {example}."
     stray = re.search(r"Unrecognized options: (.+?)(?: Perhaps| For full|$)", text)
     if stray:
         return f"{stray[1].strip()!r} belongs to no setting; write --name VALUE, one value each (see --help)."

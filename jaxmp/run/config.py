@@ -1,7 +1,8 @@
 """The settings of a run: frozen dataclasses whose every field is a number, a word or another such dataclass.
 
-A config file builds one `Config`; the command line overrides its fields by dotted names; the work directory
-keeps a copy. No setting is read with a default anywhere else: a number that matters stands here.
+A config file builds one `Config`; the command line overrides its fields by dotted names; the work
+directory keeps a copy. No setting is read with a default anywhere else: a number that matters
+stands here.
 """
 
 from __future__ import annotations
@@ -196,7 +197,7 @@ def _plain(value: Any) -> Any:
 
 
 def difference(stored: dict[str, Any], config: Config) -> tuple[str, Any, Any] | None:
-    """The first setting (key, stored, asked) in which a stored config is of another run; None if of the same."""
+    """The first setting (key, stored, asked) by which a stored config is of another run, or None."""
     asked = to_json(config)
     for key in (*asked, *(k for k in stored if k not in asked)):
         old, new = stored.get(key, "unset"), asked.get(key, "unset")

@@ -1,9 +1,10 @@
-"""Data as a pure function of the step: `batch_at(step)` gives the same arrays whenever and wherever it is asked.
+"""Data as a pure function of the step: `batch_at(step)` gives the same arrays whenever it is asked.
 
-There is no iterator and so no iterator state: a run that resumes at step k asks for batch k. Examples are laid
-out on one endless line, epoch after epoch, each epoch a fresh permutation seeded by (seed, epoch); step s takes
-positions s*B ... s*B + B - 1, so every example comes exactly once an epoch and a batch may span two epochs.
-A process takes its slice of the global batch, so the order does not depend on how many processes there are.
+There is no iterator and so no iterator state: a run that resumes at step k asks for batch k.
+Examples are laid out on one endless line, epoch after epoch, each epoch a fresh permutation seeded
+by (seed, epoch); step s takes positions s*B ... s*B + B - 1, so every example comes exactly once an
+epoch and a batch may span two epochs. A process takes its slice of the global batch, so the order
+does not depend on how many processes there are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BYTE_VALUES = 256
 
 @dataclasses.dataclass(frozen=True)
 class DigitsConfig:
-    """Handwritten digits, 8x8 grey: 1500 images to train, 297 by other writers to test (UCI, from scikit-learn)."""
+    """Handwritten digits, 8x8 grey: 1500 to train, 297 by other writers to test (UCI)."""
 
     shift: int = 0
     """Largest random shift of a training image in pixels, in each direction (0: none)."""
@@ -43,7 +44,7 @@ class TextConfig:
     sequence_length: int = 128
     """Tokens (bytes) in one example."""
     path: str = "plays"
-    """`plays`: ten plays of Shakespeare that come with the package (public domain). Else the path of any file."""
+    """`plays`: ten plays of Shakespeare that come with the package. Else the path of any file."""
     validation_fraction: float = 0.08
     """The last part of the text, by position, is held out. 0.08 is the last play, The Tempest, and a bit."""
     validation_windows: int = 192
@@ -82,8 +83,9 @@ def load(
 ) -> Source:
     """The data set that `config` describes, cut into global batches of `batch_size` in the order of `seed`.
 
-    Each of `process_count` processes gets `batch_size / process_count` rows a step. Raises ValueError with a
-    sentence when the data is missing, too small for the batch, or does not divide.
+    Each of `process_count` processes gets `batch_size / process_count` rows a step. Raises
+    ValueError with a sentence when the data is missing, too small for the batch, or does not
+    divide.
     """
     rows = process_slice(batch_size, process_index, process_count)
     if isinstance(config, DigitsConfig):
@@ -155,7 +157,8 @@ def _check_batch(batch_size: int, examples: int, what: str) -> None:
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """All 1797 digits: images float32 [1797, 8, 8, 1] in [0, 1] and labels int32 [1797].
 
-    Reads the file inside the installed scikit-learn without importing `sklearn.datasets`, which takes seconds.
+    Reads the file inside the installed scikit-learn without importing `sklearn.datasets`, which
+    takes seconds.
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
     if importlib.util.find_spec("sklearn") is None:

@@ -1,7 +1,7 @@
 """Grain datasets under the data contract: a `batch_at(step)` that is pure.
 
-A Grain iterator has a state that is tied to the number of processes. A `MapDataset` needs none: its element i is
-a function of i, also after shuffle and repeat, so a batch is a row of such elements.
+A Grain iterator has a state that is tied to the number of processes. A `MapDataset` needs none: its
+element i is a function of i, also after shuffle and repeat, so a batch is a row of such elements.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def batch_at_from(
 ) -> Callable[[int], Any]:
     """`batch_at(step)` over a finite `grain.MapDataset` of examples, each a pytree of arrays.
 
-    Every epoch is another permutation, drawn by Grain from `seed`; a batch may span two epochs. Each process gets
-    its rows of the global batch, stacked. For `run.train` put it into a `data.Source`.
+    Every epoch is another permutation, drawn by Grain from `seed`; a batch may span two epochs.
+    Each process gets its rows of the global batch, stacked. For `run.train` put it into a
+    `data.Source`.
     """
     rows = data.process_slice(batch_size, process_index, process_count)
     endless = dataset.seed(seed).shuffle().repeat()

@@ -1,7 +1,8 @@
 """The run: build, resume, step, evaluate, save, report. The same call again goes on where it stopped.
 
-What is on the disk at any moment agrees with the newest checkpoint: the records of a step are there before the
-checkpoint that contains it, and those behind a checkpoint are dropped when a run resumes from it.
+What is on the disk at any moment agrees with the newest checkpoint: the records of a step are there
+before the checkpoint that contains it, and those behind a checkpoint are dropped when a run resumes
+from it.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def train(
 ) -> Outcome:
     """Runs the experiment in its work directory, from its newest checkpoint if there is one.
 
-    `source` is read in place of what `config.data` describes. `stop` is asked after every step; once set, the run
-    saves and returns with exit code 75. Raises ConfigError
-    for a user's mistake, CheckpointError when checkpoints cannot be written or are all damaged.
+    `source` is read in place of what `config.data` describes. `stop` is asked after every step;
+    once set, the run saves and returns with exit code 75. Raises ConfigError for a user's mistake,
+    CheckpointError when checkpoints cannot be written or are all damaged.
     """
     validate.check(config)
     stop = signals.StopRequest() if stop is None else stop
@@ -232,7 +233,7 @@ def _store(where: pathlib.Path, config: Config) -> checkpoint.CheckpointStore:
 def _restore(
     store: checkpoint.CheckpointStore, abstract: Any, config: Config
 ) -> tuple[Any | None, int]:
-    """(state, or None for a fresh start; batches done). Raises ConfigError if the state is of another model."""
+    """(state, or None for a fresh start; batches done). Raises ConfigError for another model's."""
     try:
         restored = store.restore_latest(abstract)
     except checkpoint.CheckpointMismatchError as error:
@@ -261,7 +262,8 @@ def _opening(
     return (
         f"{name}: {type(parts.config.model).__name__.removesuffix('Config')} with {size:,} parameters, "
         f"{parts.source.about}\n"
-        f"policy {parts.config.policy}, loss scale {kind}, {parts.config.steps} steps of {parts.config.batch_size} "
+        f"policy {parts.config.policy}, loss scale {kind}, "
+        f"{parts.config.steps} steps of {parts.config.batch_size} "
         f"in {where}{resumed} (compiled in {progress.duration(compiled)})"
     )
 

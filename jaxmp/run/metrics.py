@@ -1,8 +1,9 @@
 """The record of a run: JSON lines that hold each step exactly once, whatever interrupts the run.
 
-Order on disk makes it so. Before the checkpoint of step k is written, the records up to k are flushed to the disk;
-when a run resumes from k, records behind k, doubles and a half-written last line are dropped, by writing the
-rest beside the file and renaming. So a record is there once if its step is in the state, and not otherwise.
+Order on disk makes it so. Before the checkpoint of step k is written, the records up to k are
+flushed to the disk; when a run resumes from k, records behind k, doubles and a half-written last
+line are dropped, by writing the rest beside the file and renaming. So a record is there once if its
+step is in the state, and not otherwise.
 
 Lines are strict JSON: a value that is not finite is written as null.
 """
@@ -40,7 +41,7 @@ class JsonLines:
     def __init__(self, path: pathlib.Path, *, after: int) -> None:
         """Opens `path`, first dropping what lies behind step `after` (0: everything)."""
         self.path = path
-        kept = [line for line in _lines_until(path, after)] if path.exists() else []
+        kept = list(_lines_until(path, after)) if path.exists() else []
         beside = path.with_name(path.name + ".new")
         with beside.open("w", encoding="utf-8") as file:
             file.writelines(kept)

@@ -1,4 +1,4 @@
-"""The picture of a run: `report.png` and a self-contained `report.html`, made from what lies in its directory."""
+"""The picture of a run: `report.png` and a self-contained `report.html` in its directory."""
 
 from __future__ import annotations
 
@@ -189,7 +189,11 @@ def _page(
     )
     lines = "".join(f"<div>{text(key)} = {text(value)}</div>" for key, value in settings.items())
     image = base64.b64encode(picture).decode()
-    made = f"{time.strftime('%Y-%m-%d %H:%M')}, jax {jax.__version__} on {jax.devices()[0].device_kind}, Python {platform.python_version()}"
+    device = jax.devices()[0].device_kind
+    made = (
+        f"{time.strftime('%Y-%m-%d %H:%M')}, jax {jax.__version__} on {device}, "
+        f"Python {platform.python_version()}"
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{text(name)}</title><style>{_STYLE}</style></head>
 <body><main><h1>{text(name)}</h1><p>{text(models)}: {text(outline)}</p>

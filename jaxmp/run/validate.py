@@ -11,7 +11,7 @@ from typing import Any
 from jaxmp.nn.models.gpt import GPTConfig
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
-from jaxmp.run.data import BYTE_VALUES, DigitsConfig
+from jaxmp.run.data import BYTE_VALUES, TextConfig
 
 DIGIT_CLASSES = 10
 
@@ -172,7 +172,8 @@ def _check_schedule(config: Config) -> None:
         )
     if rate.schedule == "rsqrt" and warmup < 1:
         raise ConfigError(
-            f"optimizer.schedule=rsqrt decays from the end of the warm-up, and optimizer.warmup={rate.warmup:g} is none; "
+            f"optimizer.schedule=rsqrt decays from the end of the warm-up, and "
+            f"optimizer.warmup={rate.warmup:g} is none; "
             f"write optimizer.warmup={max(1, steps // 10)}, or another schedule."
         )
     if rate.schedule == "stable_decay" and warmup + rate.decay_steps > steps:
@@ -197,26 +198,26 @@ def _check_loss_scale(config: Config) -> None:
 def _check_pair(config: Config) -> None:
     """Model and data must fit together: images or tokens, and as many outputs as classes."""
     model, data = config.model, config.data
-    wants_tokens, gives_tokens = isinstance(model, GPTConfig), not isinstance(data, DigitsConfig)
-    if wants_tokens != gives_tokens:
-        other = (
-            "TextConfig(...), which gives tokens"
-            if wants_tokens
-            else "DigitsConfig(), which gives images"
-        )
-        raise ConfigError(
-            f"model={type(model).__name__} cannot read data={type(data).__name__}; write data={other}."
-        )
-    if isinstance(model, GPTConfig):
+    if isinstance(model, GPTConfig) and isinstance(data, TextConfig):
         if model.vocab_size < BYTE_VALUES:
             raise ConfigError(
                 f"model.vocab_size={model.vocab_size} is too small for bytes; write {BYTE_VALUES}."
             )
         if model.context < data.sequence_length:
             raise ConfigError(
-                f"data.sequence_length={data.sequence_length} is longer than model.context={model.context}; "
-                "make them equal."
+                f"data.sequence_length={data.sequence_length} is longer than "
+                f"model.context={model.context}; make them equal."
             )
+    elif isinstance(model, GPTConfig) or isinstance(data, TextConfig):
+        tokens = isinstance(model, GPTConfig)
+        other = (
+            "TextConfig(...), which gives tokens"
+            if tokens
+            else "DigitsConfig(), which gives images"
+        )
+        raise ConfigError(
+            f"model={type(model).__name__} cannot read data={type(data).__name__}; write data={other}."
+        )
     elif model.num_classes < DIGIT_CLASSES:
         raise ConfigError(
             f"model.num_classes={model.num_classes} is too small for ten digits; write 10."

@@ -43,9 +43,9 @@ class Watch:
             raise RunFailed(
                 record["step"],
                 f"the loss scale has been at its floor of {self._floor:g} for "
-                f"{self._at_floor} steps, so small float16 gradients are lost. Something made it fall: look at "
-                "grad_norm and skipped in metrics.jsonl where loss_scale drops; clip, lower the learning rate, "
-                "or compute in bfloat16.",
+                f"{self._at_floor} steps, so small float16 gradients are lost. Something made it fall: "
+                "look at grad_norm and skipped in metrics.jsonl where loss_scale drops; clip, lower the "
+                "learning rate, or compute in bfloat16.",
             )
 
     def _skipping(self, loss: float | None, scale: float) -> str:

@@ -23,7 +23,8 @@ def prepare(workdir: pathlib.Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"workdir={str(workdir)!r} cannot be written ({error.strerror}); write --workdir with a directory that can."
+            f"workdir={str(workdir)!r} cannot be written ({error.strerror}); "
+            "write --workdir with a directory that can."
         ) from error
 
 

@@ -117,7 +117,8 @@ CONFIG_FILES = {
     "syntax": ("def get_config(:", "line 1: SyntaxError"),
     "misspelt field": (
         "from jaxmp.run.config import *\ndef get_config():\n    return OptimizerConfig(lerning_rate=1)",
-        "line 3: TypeError: OptimizerConfig.__init__() got an unexpected keyword argument 'lerning_rate'; did you mean learning_rate?",
+        "line 3: TypeError: OptimizerConfig.__init__() got an unexpected keyword argument "
+        "'lerning_rate'; did you mean learning_rate?",
     ),
     "bad value": (
         "import dataclasses\nfrom configs import digits_mlp_float32 as base\n"

@@ -97,7 +97,7 @@ def assert_same_run(one, other, config):
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Compiled programs are kept between the runs of this file: quicker, and one more thing that may not change bits."""
+    """Compiled programs are kept between runs: quicker, and one more thing that may not change bits."""
     before = (
         jax.config.jax_compilation_cache_dir,
         jax.config.jax_persistent_cache_min_compile_time_secs,

@@ -102,5 +102,5 @@ def test_tensorboard_gets_the_numbers(tmp_path):
 
 def test_tensorboard_without_its_package_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    with pytest.raises(ValueError, match="log.tensorboard needs the package tensorboardX"):
+    with pytest.raises(ValueError, match=r"log\.tensorboard needs the package tensorboardX"):
         metrics.TensorBoard(tmp_path, after=0)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in a real process: it saves, exits with 75, and the same command goes on to the same bits."""
+"""SIGTERM and Ctrl-C in a real process: it saves, exits with 75, and resumes to the same bits."""
 
 import json
 import os

@@ -46,7 +46,7 @@ def test_a_loss_that_is_not_finite_is_not_blamed_on_the_scale():
 
 def test_without_a_scale_the_advice_is_to_use_one():
     judge = watch(FLOAT32)
-    with pytest.raises(RunFailed, match="--loss_scale.kind dynamic"):
+    with pytest.raises(RunFailed, match=r"--loss_scale\.kind dynamic"):
         for step in range(5):
             judge.see(record(step, skipped=True, scale=1.0))
 
