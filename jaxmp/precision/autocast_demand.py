@@ -166,7 +166,8 @@ class Demands:
             back = demand
         else:
             angle = Demand.PERIODIC if name in rules.PERIODIC else demand & Demand.PERIODIC
-            back = Demand.FLOAT32 | angle
+            later = demand & Demand.LATER if name in rules.POOLS else NONE
+            back = Demand.FLOAT32 | angle | later
         return [back] * len(eqn.invars)
 
     def of_call(

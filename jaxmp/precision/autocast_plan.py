@@ -54,6 +54,9 @@ class Step:
     operands: list[Form | None] = dataclasses.field(default_factory=list)
     plans: list[Plan] = dataclasses.field(default_factory=list)
     elementwise: bool = False
+    """Arithmetic, element by element."""
+    heads: bool = False
+    """No product uses the results: a loss does, or the caller."""
 
 
 @dataclasses.dataclass
@@ -148,6 +151,7 @@ class Planner:
         results = _fit([form] * len(eqn.outvars), eqn)
         step = Step(run, results, reason, scope, operands=operands)
         step.elementwise = kind is Kind.WIDEST
+        step.heads = not demand & PRODUCT
         return step
 
     def _widest(

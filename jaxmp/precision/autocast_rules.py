@@ -140,6 +140,8 @@ SCALES = frozenset({"mul", "div"})
 POWERS = frozenset({"square", "integer_pow"})
 PERIODIC = frozenset({"sin", "cos", "tan"})
 COMPARES = frozenset("eq ne lt le gt ge eq_to lt_to le_to is_finite".split())
+# Activations that are averaged on their way to a product are kept in 16 bits.
+POOLS = frozenset({"reduce_sum", "reduce_window_sum"})
 # Reading rows of a table makes an activation out of a parameter.
 READS_ROWS = frozenset({"gather", "dynamic_slice"})
 

@@ -278,7 +278,11 @@ def test_products_are_16_bit_forward_and_backward(name: str) -> None:
         assert set(found) == {("bfloat16", "bfloat16")}
 
 
-@pytest.mark.parametrize("name", CONSTRUCTS)
+SLOW = ("Linen scan and remat", "Linen attention")
+MARKED = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CONSTRUCTS]
+
+
+@pytest.mark.parametrize("name", MARKED)
 def test_results_keep_their_dtypes_and_values(name: str) -> None:
     fn, args = CONSTRUCTS[name]()
     expected, found = jax.jit(fn)(*args), jax.jit(autocast(fn))(*args)
