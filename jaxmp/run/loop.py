@@ -119,7 +119,8 @@ def _steps(
     except RunFailed as failure:
         return Outcome(failure.step, 1, recorder.newest, str(failure))
     if done < config.steps:
-        message = f"stopped by {stop.signal} and saved at step {done}; the same command resumes."
+        place = f"and saved at step {done}" if done else "before the first step"
+        message = f"stopped by {stop.signal} {place}; the same command goes on."
         return Outcome(done, signals.EXIT_INTERRUPTED, recorder.newest, message)
     spent = progress.duration(time.perf_counter() - start)
     return Outcome(
@@ -144,10 +145,11 @@ class Recorder:
         if config.log.tensorboard:
             self._board = metrics.TensorBoard(where / "tensorboard", after=done)
         self._watch = Watch(config)
-        for record in metrics.read(where / METRICS_FILE)[-config.loss_scale.patience :]:
+        past = metrics.read(where / METRICS_FILE)
+        # One short of what ends a run: it went on after these.
+        for record in past[max(0, len(past) - config.loss_scale.patience + 1) :]:
             self._watch.see(record)
-        past = metrics.read(where / EVAL_FILE)
-        self.newest: dict[str, Any] = past[-1] if past else {}
+        self.newest: dict[str, Any] = next(reversed(metrics.read(where / EVAL_FILE)), {})
         self._pending: tuple[int, Any] | None = None
         self._clock = time.perf_counter()
 

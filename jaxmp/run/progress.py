@@ -30,12 +30,20 @@ def describe(record: Record, unit: str) -> str:
         parts.append(f"scale {record['loss_scale']:g}")
     if record["skipped"]:
         parts.append("SKIPPED")
-    parts.append(f"{record[unit + '_per_second']:,.0f} {unit}/s")
+    parts.append(f"{_rounded(record[unit + '_per_second'])} {unit}/s")
     return "  ".join(parts)
 
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
+
+
+def _rounded(rate: float) -> str:
+    """A rate to three digits: 941, 43.1k, 2.07M."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if rate >= size:
+            return f"{rate / size:.3g}{letter}"
+    return f"{rate:.3g}"
 
 
 def duration(seconds: float) -> str:
@@ -81,15 +89,17 @@ class Live:
     """A bar with the newest figures and the time left, redrawn in place by rich."""
 
     def __init__(self, *, total: int, done: int, unit: str) -> None:
-        from rich import progress
+        from rich import console, progress
 
         self._unit = unit
+        terminal = console.Console()
+        bar = [progress.BarColumn(bar_width=20)] if terminal.width >= 105 else []
         self._bar = progress.Progress(
-            progress.TextColumn("step {task.completed}/{task.total}"),
-            progress.BarColumn(bar_width=24),
+            progress.TextColumn("{task.completed}/{task.total}"),
+            *bar,
             progress.TextColumn("{task.fields[figures]}"),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(compact=True),
+            console=terminal,
         )
         self._task = self._bar.add_task("train", total=total, completed=done, figures="")
         self._bar.start()
