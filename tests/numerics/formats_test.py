@@ -320,7 +320,7 @@ def test_format_of_accepts_names_dtypes_and_scalar_types(name):
         (None, "float32"),
         (jnp.int32, "bfloat16"),
         (3.5, "float32"),
-        (object(), "float32"),
+        ([], "float32"),
     ],
     ids=str,
 )
