@@ -256,7 +256,10 @@ def _log_normalizer_and_target(logits: Array, targets: Array) -> tuple[Array, Ar
 def _softmax_cross_entropy_jvp(primals, tangents):
     (logits, targets), (dlogits, _) = primals, tangents
     log_normalizer, picked = _log_normalizer_and_target(logits, targets)
-    saved = _wide(lax.optimization_barrier(logits))
+    # Float32 logits are in memory as they are. A barrier would only keep XLA from reading them out of
+    # the padded array in which a GPU library's product leaves an odd vocabulary: a copy of all.
+    narrow = logits.dtype.itemsize < 4
+    saved = _wide(lax.optimization_barrier(logits)) if narrow else logits
     # Comparing with every class fuses into the pass over the logits; the transpose of picking one
     # is a scatter, which would write and read all of them once more.
     classes = lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
