@@ -216,7 +216,7 @@ def compile_table(rows: dict[str, dict]) -> list[list[str]]:
                 f"{own / 1e9:.3f}" if own else "",
                 f"{row['temporary_bytes'] / 2**30:.2f}",
                 f"{copied:.3f}",
-                "; ".join(products).replace("float", "f").replace("bf", "bf"),
+                "; ".join(products).replace("bfloat", "bf").replace("float", "f"),
             ]
         )
     return table

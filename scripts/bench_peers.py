@@ -32,12 +32,13 @@ def jmp_float16(loss_fn, tx):
     tx = _guarded(tx)
     policy = jmp.get_policy("params=float32,compute=float16,output=float32")
 
+    # The state holds numbers: jmp's object checks its leaves, and so refuses to be lowered.
     def init(params):
-        scale = jmp.DynamicLossScale(jnp.float32(2**15), min_loss_scale=jnp.float32(1))
-        return params, tx.init(params), scale
+        return params, tx.init(params), (jnp.float32(2**15), jnp.int32(0))
 
     def step(state, batch):
-        params, opt_state, scale = state
+        params, opt_state, (loss_scale, counter) = state
+        scale = jmp.DynamicLossScale(loss_scale, counter, min_loss_scale=jnp.float32(1))
 
         def scaled_loss(params):
             cast = policy.cast_to_compute(params)
@@ -49,7 +50,8 @@ def jmp_float16(loss_fn, tx):
         updates, new_opt = tx.update(grads, opt_state, params)
         new_params = optax.apply_updates(params, updates)
         kept = jmp.select_tree(finite, (new_params, new_opt), (params, opt_state))
-        return (*kept, scale.adjust(finite)), scale.unscale(loss)
+        adjusted = scale.adjust(finite)
+        return (*kept, (adjusted.loss_scale, adjusted.counter)), scale.unscale(loss)
 
     return init, step
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from jaxmp.plan import hlo
 
+_FREE_CALLS = frozenset(["ConcatBitcast", "AssumeGatherIndicesInBound"])
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id "
     "add-dependency domain token".split()
@@ -72,6 +73,8 @@ def _instruction_bytes(module, computation, instruction, on_chip, known) -> floa
         return sum(called("to_apply")) + sum(called("calls")) + sum(called("called_computations"))
     if opcode in ("async-update", "async-done"):
         return 0
+    if opcode == "custom-call" and instruction.attribute("custom_call_target") in _FREE_CALLS:
+        return 0
     operands = computation.operand_shapes(instruction)
     if opcode == "fusion":
         body = module.computations[calls["calls"][0]]
@@ -109,16 +112,18 @@ def _through(body: hlo.Computation, name: str) -> list[tuple[hlo.Instruction, st
     return found
 
 
-def _read_bytes(body: hlo.Computation, parameter: hlo.Instruction) -> int:
-    """Returns the bytes of a fused operand that the fusion reads."""
-    total = 0
-    for user, name in _through(body, parameter.name):
-        position = user.operands.index(name)
-        if user.opcode in _SLICING and position == 0:
-            total += sum(a.bytes for a in user.shapes)
-        elif not (user.opcode in _IN_PLACE and position == 0):
-            return sum(a.bytes for a in parameter.shapes)
-    return min(total, sum(a.bytes for a in parameter.shapes))
+def _read_bytes(body: hlo.Computation, value: hlo.Instruction) -> int:
+    """Returns the bytes of a value inside a fusion that are needed for what follows."""
+    whole = sum(a.bytes for a in value.shapes)
+    readers = _through(body, value.name)
+    total = 0 if readers else whole
+    for reader, name in readers:
+        position = reader.operands.index(name)
+        if reader.opcode in _SLICING and position == 0:
+            total += _read_bytes(body, reader)
+        elif not (reader.opcode in _IN_PLACE and position == 0):
+            return whole
+    return min(total, whole)
 
 
 def _written_bytes(body: hlo.Computation, root: hlo.Instruction) -> int:
@@ -136,7 +141,8 @@ def _written_bytes(body: hlo.Computation, root: hlo.Instruction) -> int:
 def _fusion_bytes(body, operands, results, on_chip) -> int:
     total = 0
     for parameter, shapes in zip(body.parameters, operands):
-        total += _read_bytes(body, parameter) if _size(shapes, on_chip) else 0
+        used = parameter.name in body.users
+        total += _read_bytes(body, parameter) if used and _size(shapes, on_chip) else 0
     root = body.root
     roots = [body.by_name[o] for o in root.operands] if root.opcode == "tuple" else [root]
     for part, shape in zip(roots, results):
