@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jaxmp.plan.products import Product
 
 Shardings = Callable[[Sequence[jax.Device]], tuple[Any, Any]]
 """Maps a target's devices to shardings of the state and of the batch (trees or prefixes of them)."""
+
+_SHOWN = 8  # wide products that a report spells out; a float32 model has hundreds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +92,10 @@ class Compiled:
         ]
         for dtypes, (count, flops) in self.products_by_dtypes.items():
             lines.append(f"  {count} products {dtypes}: {flops / 1e12:.3f} TFLOP")
-        for product in self.wide_products:
+        for product in self.wide_products[:_SHOWN]:
             lines.append(f"  wide: {product.dtypes} in {product.name} at {product.source or '?'}")
+        if len(self.wide_products) > _SHOWN:
+            lines.append(f"  and {len(self.wide_products) - _SHOWN} more wide products")
         if self.not_aliased:
             lines.append(f"  donated but not reused: {', '.join(self.not_aliased)}")
         return "\n".join(lines)
@@ -125,9 +130,12 @@ def lower_for(
     def train_step(state, batch):
         return step(state, batch)
 
-    return jax.jit(train_step, donate_argnums=0).lower(
-        jax.tree.map(place, state_shardings, state), jax.tree.map(place, batch_shardings, batch)
-    )
+    with warnings.catch_warnings():
+        # The report names them.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return jax.jit(train_step, donate_argnums=0).lower(
+            jax.tree.map(place, state_shardings, state), jax.tree.map(place, batch_shardings, batch)
+        )
 
 
 def compile_for(
@@ -137,15 +145,19 @@ def compile_for(
     target: str = "gpu-h100",
     *,
     shardings: Shardings | None = None,
+    compiler_options: Mapping[str, bool | int | str] | None = None,
 ) -> Compiled:
     """Returns what `step(state, batch) -> (state, metrics)` costs on a target, without running it.
 
     The target's own compiler does the work, so its wheel must be installed, but no such device.
-    Arguments and errors are those of `lower_for`; "cpu" is the machine at hand.
+    Arguments and errors are those of `lower_for`; "cpu" is the machine at hand. `compiler_options`
+    are XLA's own. A real GPU lets the compiler try several kernels for each product, an absent one
+    does not: it then writes its own (Triton) kernels, and {"xla_gpu_enable_triton_gemm": False} shows
+    the program with cuBLAS's instead.
     """
     lowered = lower_for(step, state, batch, target, shardings=shardings)
     started = time.perf_counter()
-    compiled = lowered.compile()
+    compiled = lowered.compile(dict(compiler_options or {}))
     seconds = time.perf_counter() - started
     return describe(compiled, target, state=state, compile_seconds=seconds)
 

@@ -76,8 +76,10 @@ class Instruction:
 
     def attribute(self, name: str) -> str:
         """Returns an attribute's text without its braces or quotes, "" if it is absent."""
-        found = re.search(rf"\b{name}=(?:\{{([^}}]*)\}}|\"([^\"]*)\"|([^\s,}}]+))", self.attributes)
-        return next((group for group in found.groups() if group is not None), "") if found else ""
+        value = r"""\{([^}]*)\}|"((?:[^"\\]|\\.)*)"|([^\s,}]+)"""
+        found = re.search(rf"\b{name}=(?:{value})", self.attributes)
+        text = next((group for group in found.groups() if group is not None), "") if found else ""
+        return re.sub(r"\\(.)", r"\1", text)
 
 
 @dataclasses.dataclass(frozen=True)
