@@ -108,7 +108,7 @@ def _settings(
     low, out = parse_dtype(dtype), parse_dtype(output_dtype or _FLOAT32)
     if low not in (jnp.dtype("bfloat16"), jnp.dtype("float16")):
         raise ValueError(f"autocast computes in bfloat16 or float16; got {low.name}.")
-    pairs += list(overrides.items() if isinstance(overrides, Mapping) else overrides or ())
+    pairs += dict(overrides or ()).items()
     chosen = tuple((pattern, parse_dtype(to)) for pattern, to in pairs)
     for pattern, to in chosen:
         if to not in (low, _FLOAT32):
