@@ -6,7 +6,7 @@ Trains: three stages of one residual block, 16 to 64 channels, on 1500 images of
     the recipe for small convolutional nets.
 Command: python scripts/train.py configs/digits_resnet_float16.py
 Hardware and time: two CPU cores, under a minute.
-Expected: 97% on the test images.
+Expected: 96.9% on the test images, the mean of seeds 0 to 4 (96.0% to 97.6%).
 """
 
 from jaxmp.nn.models.resnet import ResNetConfig
