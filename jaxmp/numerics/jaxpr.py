@@ -203,7 +203,7 @@ def bind(eqn: Any, args: Sequence, **changes: Any) -> list:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def convert(x: Any, dtype: Any, weak_type: bool = False) -> jax.Array:
+def convert(x: Any, dtype: Any, weak_type: bool = False) -> Any:
     """`x` in another dtype. A NumPy scalar is converted while tracing: it costs no operation."""
     if isinstance(x, np.ndarray | np.generic | float) and np.ndim(x) == 0 and not weak_type:
         with np.errstate(over="ignore"):
@@ -283,23 +283,23 @@ def _scan(params: dict, args: Sequence, functions: Sequence[Function]) -> list:
 
 def _while(params: dict, args: Sequence, functions: Sequence[Function]) -> list:
     first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
-    condition, body = functions
-    return jax.lax.while_loop(
-        lambda carry: condition(*args[:first], *carry)[0],
-        lambda carry: tuple(body(*args[first:second], *carry)),
+    last = jax.lax.while_loop(
+        lambda carry: functions[0](*args[:first], *carry)[0],
+        lambda carry: tuple(functions[1](*args[first:second], *carry)),
         tuple(args[second:]),
     )
+    return list(last)
 
 
 def _cond(params: dict, args: Sequence, functions: Sequence[Function]) -> list:
     branches = [lambda *xs, f=f: tuple(f(*xs)) for f in functions]
     platforms = params.get("branches_platforms")
     if platforms is None:
-        return jax.lax.switch(args[0], branches, *args[1:])
+        return list(jax.lax.switch(args[0], branches, *args[1:]))
     named = {n: f for names, f in zip(platforms, branches) if names for n in names}
     default = [f for names, f in zip(platforms, branches) if not names]
     options = {"default": default[0]} if default else {}
-    return jax.lax.platform_dependent(*args[1:], **named, **options)
+    return list(jax.lax.platform_dependent(*args[1:], **named, **options))
 
 
 def _shard_map(params: dict, args: Sequence, functions: Sequence[Function]) -> list:
@@ -311,7 +311,7 @@ def _shard_map(params: dict, args: Sequence, functions: Sequence[Function]) -> l
         check_vma=params["check_vma"],
         axis_names=frozenset(params.get("newly_manual_axes", params.get("manual_axes", ()))),
     )
-    return mapped(*args)
+    return list(mapped(*args))
 
 
 _REBUILD = {"scan": _scan, "while": _while, "cond": _cond, "shard_map": _shard_map}
@@ -346,7 +346,7 @@ def with_jvp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
         still = [np.zeros(np.shape(out), jax.dtypes.float0) for out in outs]
         return outs, _fill(still, inexact_out, moved)
 
-    call.__name__ = str(eqn.params.get("name", call.__name__))
+    setattr(call, "__name__", str(eqn.params.get("name", "custom_jvp")))  # noqa: B010 (undeclared)
     return call(*args)
 
 

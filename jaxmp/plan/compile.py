@@ -157,7 +157,8 @@ def compile_for(
     """
     lowered = lower_for(step, state, batch, target, shardings=shardings)
     started = time.perf_counter()
-    compiled = lowered.compile(dict(compiler_options or {}))
+    options: Any = dict(compiler_options or {})
+    compiled = lowered.compile(options)
     seconds = time.perf_counter() - started
     return describe(compiled, target, state=state, compile_seconds=seconds)
 
@@ -166,8 +167,8 @@ def describe(
     compiled: jax.stages.Compiled, target: str, *, state: Any = (), compile_seconds: float = 0.0
 ) -> Compiled:
     """Returns the report of a program compiled for a target; `state` is its donated argument."""
-    module = hlo.parse(compiled.as_text())
-    memory = compiled.memory_analysis()
+    module = hlo.parse(compiled.as_text() or "")
+    memory: Any = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
     found = products_lib.products(module)
     platform = targets.parse_target(target).chip.platform

@@ -20,7 +20,14 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([^\s(]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([^\s=]+) = (.*)$")
 _NAME = re.compile(r"%([^\s,(){}]+)")
-_CALL_KEYS = ("calls", "to_apply", "body", "condition", "branch_computations", "called_computations")
+_CALL_KEYS = (
+    "calls",
+    "to_apply",
+    "body",
+    "condition",
+    "branch_computations",
+    "called_computations",
+)
 _CALLS = re.compile(rf"\b({'|'.join(_CALL_KEYS)})=(\{{[^}}]*\}}|%[^\s,]+)")
 
 
@@ -69,7 +76,9 @@ class Instruction:
         if start < 0:
             return {}
         try:
-            found, _ = json.JSONDecoder().raw_decode(self.attributes, start + len("backend_config="))
+            found, _ = json.JSONDecoder().raw_decode(
+                self.attributes, start + len("backend_config=")
+            )
         except json.JSONDecodeError:
             return {}
         return found if isinstance(found, dict) else {}
@@ -260,7 +269,9 @@ def _parse_sources(text: str) -> dict[int, str]:
         return int(found.group(1)) if found else 0
 
     def place(frame: int) -> str:
-        row = tables["FileLocations"].get(number(tables["StackFrames"][frame], "file_location_id"), "")
+        row = tables["FileLocations"].get(
+            number(tables["StackFrames"][frame], "file_location_id"), ""
+        )
         file = tables["FileNames"].get(number(row, "file_name_id"), "").strip('"')
         return f"{file}:{number(row, 'line')}" if file else ""
 

@@ -263,7 +263,7 @@ def topology(name: str) -> topologies.TopologyDescription:
         ) from error
 
 
-def devices(name: str) -> list[jax.Device]:
+def devices(name: str) -> list:
     """Returns the devices of a target, in the compiler's order."""
     target = parse_target(name)
     here = target.chip.platform == "cpu"

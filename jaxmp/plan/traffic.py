@@ -85,7 +85,11 @@ def _instruction_bytes(module, computation, instruction, on_chip, known) -> floa
 def _plain_bytes(instruction, operands, on_chip) -> int:
     opcode, result = instruction.opcode, _size(instruction.shapes, on_chip)
     if opcode.endswith("-start"):  # the write is counted at "-done"
-        source = instruction.shapes[1:2] if opcode == "slice-start" else sum(operands, ())
+        source = (
+            instruction.shapes[1:2]
+            if opcode == "slice-start"
+            else tuple(array for shapes in operands for array in shapes)
+        )
         if opcode == "slice-start":
             source = (hlo.Array(source[0].dtype, source[0].dims, operands[0][0].space),)
         return _size(source, on_chip)

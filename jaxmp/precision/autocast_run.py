@@ -197,10 +197,10 @@ def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:
     @product.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
         (a, b), (da, db) = primals, tangents
-        parts = [
+        left, right = (
             programs.bind(eqn, [x, y, *operands[2:]], preferred_element_type=narrow)[0]
             for x, y in ((da, b), (a, db))
-        ]
-        return product(a, b), sum(part.astype(_FLOAT32) for part in parts)
+        )
+        return product(a, b), left.astype(_FLOAT32) + right.astype(_FLOAT32)
 
     return product(*operands[:2])

@@ -10,7 +10,13 @@ from jaxmp.plan import targets
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    [("gpu-h100", 1), ("gpu-h200:8", 8), ("tpu-v5e:1", 1), ("tpu-v5e:4x4", 16), ("tpu-v5p:2x2x4", 16)],
+    [
+        ("gpu-h100", 1),
+        ("gpu-h200:8", 8),
+        ("tpu-v5e:1", 1),
+        ("tpu-v5e:4x4", 16),
+        ("tpu-v5p:2x2x4", 16),
+    ],
 )
 def test_a_name_says_chip_and_count(name, count):
     target = targets.parse_target(name)
@@ -33,7 +39,7 @@ def test_a_wrong_name_is_answered_with_a_right_one(name, said):
     if said is None:
         assert targets.parse_target(name).device_count == 1
         return
-    with pytest.raises(ValueError, match="[Tt]arget") as raised:
+    with pytest.raises(ValueError, match=r"[Tt]arget") as raised:
         targets.parse_target(name)
     assert said in str(raised.value)
 
