@@ -3,6 +3,7 @@
 from jaxmp import nn as nn
 from jaxmp import numerics as numerics
 from jaxmp import optim as optim
+from jaxmp import plan as plan
 from jaxmp import precision as precision
 from jaxmp import training as training
 from jaxmp.numerics.formats import FloatFormat as FloatFormat
