@@ -179,7 +179,9 @@ def initial_params(workload: Workload) -> Any:
 # --- compiled for an absent machine --------------------------------------------------------------
 
 
-def compile_rows(workload: Workload, target: str, names: list[str]) -> dict[str, dict]:
+def compile_rows(
+    workload: Workload, target: str, names: list[str], options: dict[str, Any]
+) -> dict[str, dict]:
     """Returns what each variant's program costs on the target, as plain data."""
     params = jax.eval_shape(lambda: initial_params(workload))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), workload.batch())
@@ -191,8 +193,13 @@ def compile_rows(workload: Workload, target: str, names: list[str]) -> dict[str,
             continue
         init, step = built
         state = jax.eval_shape(init, params)
-        rows[name] = plan.compile_for(step, state, batch, target).to_dict()
-        print(f"  {name}: compiled in {rows[name]['compile_seconds']:.0f} s", file=sys.stderr)
+        try:
+            report = plan.compile_for(step, state, batch, target, compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            rows[name] = {"error": f"the compiler gives up: {str(error)[:60]}"}
+            continue
+        rows[name] = report.to_dict()
+        print(f"  {name}: compiled in {report.compile_seconds:.0f} s", file=sys.stderr)
     return rows
 
 
@@ -340,6 +347,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("workloads", nargs="*", default=[], help=", ".join(WORKLOADS))
     parser.add_argument("--target", help="compile for this machine instead of running here")
     parser.add_argument("--attention", choices=F.ATTENTION_IMPLEMENTATIONS, default="xla")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="with --target, an option of XLA; xla_gpu_enable_triton_gemm=false for cuBLAS products",
+    )
     parser.add_argument("--only", help="rows whose name contains one of these, comma-separated")
     parser.add_argument("--batch", type=int, help="batch size instead of the workload's")
     parser.add_argument("--rounds", type=int, default=10)
@@ -347,6 +361,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=pathlib.Path, help="where to write all figures")
     parsed = parser.parse_args(arguments)
     parsed.workloads = parsed.workloads or ["gpt-tiny", "vit-tiny"]
+    switches = {"true": True, "false": False}
+    pairs = [option.partition("=")[::2] for option in parsed.option]
+    parsed.option = {name: switches.get(value, value) for name, value in pairs}
     unknown = [name for name in parsed.workloads if name not in WORKLOADS]
     if unknown:
         parser.error(f"unknown workload {unknown[0]!r}: choose from {', '.join(WORKLOADS)}")
@@ -373,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
             table = time_table(rows)
         else:
             try:
-                rows = compile_rows(workload, settings.target, names)
+                rows = compile_rows(workload, settings.target, names, settings.option)
             except ValueError as error:
                 print(error, file=sys.stderr)
                 return 2
