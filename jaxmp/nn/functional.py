@@ -194,11 +194,12 @@ def _attend_jvp(scale, causal, primals, tangents):
     # With P the weights and Z the logits, d(PV) = (P dZ) V - rowsum(P dZ) (PV) + P dV. Written so,
     # the transpose finds the softmax's row sums from the small [B, T, N, H] arrays
     # (as in FlashAttention, arXiv 2205.14135) and reads the [T, S] ones once, not twice.
-    saved = _wide(lax.optimization_barrier(weights))  # zero where masked: no second mask
-    weighted = saved * (_wide(dlogits) * scale)
+    saved = lax.optimization_barrier(weights)  # zero where masked: no second mask
+    weighted = _wide(saved) * (_wide(dlogits) * scale)
     row_sums = jnp.moveaxis(jnp.sum(weighted, axis=-1, keepdims=True), 1, 2)
     tangent = dot("bnts,bsnh->btnh", weighted.astype(value.dtype), value)
-    tangent = tangent + dot("bnts,bsnh->btnh", weights, dvalue)
+    # Not `weights`: a library that pads its operands would keep the forward's padded copy as well.
+    tangent = tangent + dot("bnts,bsnh->btnh", saved, dvalue)
     return out, (_wide(tangent) - row_sums * _wide(out)).astype(out.dtype)
 
 
