@@ -42,11 +42,6 @@ def report(target: str, attention: str, row: str, name: str = "gpt-small", batch
     return plan.compile_for(step, state, workload.batch(), target)
 
 
-def moved(report: plan.Compiled) -> float:
-    """The compiler's own count where it has one."""
-    return report.compiler_bytes or report.bytes_accessed
-
-
 @pytest.mark.parametrize(("target", "attention"), CASES)
 @pytest.mark.parametrize("dtype", HALF)
 def test_every_product_has_16_bit_operands(target, attention, dtype):
@@ -75,15 +70,18 @@ def test_it_moves_what_the_step_by_hand_moves(target, attention, dtype):
         pytest.skip("its float16 row is compared with bfloat16 below; a compilation takes a minute")
     by_hand = report(target, attention, f"hand {dtype}")
     by_jaxmp = report(target, attention, f"jaxmp {dtype}")
-    assert moved(by_jaxmp) <= 1.02 * moved(by_hand)
+    assert by_jaxmp.bytes_accessed <= 1.02 * by_hand.bytes_accessed
+    # The compiler's own count, where it has one, also sees on-chip copies.
+    assert (by_jaxmp.compiler_bytes or 0) <= 1.02 * (by_hand.compiler_bytes or 0)
     assert by_jaxmp.temporary_bytes <= 1.02 * by_hand.temporary_bytes
 
 
 @pytest.mark.parametrize(("target", "attention"), CASES)
 def test_scaling_the_loss_moves_nothing_more(target, attention):
-    scaled = moved(report(target, attention, "jaxmp float16"))
-    plain = moved(report(target, attention, "jaxmp bfloat16"))
-    assert scaled == pytest.approx(plain, rel=0.005)
+    scaled = report(target, attention, "jaxmp float16")
+    plain = report(target, attention, "jaxmp bfloat16")
+    assert scaled.bytes_accessed == pytest.approx(plain.bytes_accessed, rel=0.005)
+    assert scaled.temporary_bytes <= 1.005 * plain.temporary_bytes
 
 
 def test_all_of_float16_costs_little_beside_a_bare_bfloat16_step():
@@ -92,4 +90,4 @@ def test_all_of_float16_costs_little_beside_a_bare_bfloat16_step():
     size = ("gpt-124m", 32)
     bare = report("gpu-h100", "xla", "hand bfloat16, no clip, no check", *size)
     scaled = report("gpu-h100", "xla", "jaxmp float16", *size)
-    assert moved(scaled) == pytest.approx(moved(bare), rel=0.005)
+    assert scaled.bytes_accessed == pytest.approx(bare.bytes_accessed, rel=0.005)
