@@ -1,0 +1,246 @@
+"""Runs a traced program and looks at every operation in it: what went in, what came out, and where.
+
+    program, _ = trace(fn)(*args)                    # of a gradient, to see forward and backward
+    places = sites(program)
+    outputs, records = jax.jit(lambda *xs: observe(program, xs, probe))(*array_leaves(args, {}))
+    for site, record in zip(places, records): ...
+
+jit, remat and custom derivatives are walked through; loops and branches are rebuilt with the records
+among what they carry, so the memory is one record an operation however often it runs. `shard_map`,
+Pallas kernels and other calls are looked at from outside, as one operation.
+
+Each floating-point result stands behind an optimization barrier: what is seen is what the operation
+gives in its own dtype, not what a fusion in a wider one would have made of it. (XLA turns a float16
+`x * 2 / 4` into `x * 0.5`, in which nothing overflows.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import source_info_util
+
+from jaxmp.numerics import jaxpr as programs
+
+_WALKED = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "call", "core_call"}
+_WALKED |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "scan", "while", "cond"}
+_RECOMPUTED = "rematted_computation"
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_MODELS = os.path.join(_PACKAGE, "nn", "models")
+_LIBRARIES = tuple(
+    os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(jax.__file__))), name) + os.sep
+    for name in ("jax", "jaxlib", "flax", "optax", "equinox")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One operation of a program, as its author knows it."""
+
+    primitive: str
+    scope: str
+    """The module path, `GPT/layers/Dense_0`; "" outside of modules and named scopes."""
+    phase: str
+    """"forward", "backward", or "recomputed" (the forward pass again, under `jax.checkpoint`)."""
+    source: str
+    """The user's line, `model.py:41 (attention)`; "" if it is unknown."""
+    loops: tuple[str, ...]
+    """The loops around it, outermost first: "scan" or "while"."""
+    inputs: tuple[Any, ...]
+    """Abstract values of the operands; with literals, which have a value `val`, as they are."""
+    outputs: tuple[Any, ...]
+    """Abstract values of the results."""
+
+
+class Probe(NamedTuple):
+    """What is recorded of an operation. A record is a pytree of arrays of fixed shapes and dtypes."""
+
+    start: Callable[[Site], Any]
+    """The record of an operation that has not run."""
+    look: Callable[[Site, Sequence, Sequence], Any]
+    """The record of one run, from the operands and the results."""
+    merge: Callable[[Site, Any, Any, int, jax.Array], Any]
+    """Of (site, earlier, newer, level, position): the record of a loop's iterations so far and the
+    next one, which is number `position` (an int32 scalar) of the loop `site.loops[level]`. Scans in
+    reverse count down, so a position always names the slice of what is scanned."""
+
+
+def sites(program: programs.Program) -> list[Site]:
+    """The operations of a program in the order in which it runs them, those of inner programs too."""
+    return list(_sites(program, (), ()))
+
+
+def observe(program: programs.Program, args: Sequence, probe: Probe) -> tuple[list, list]:
+    """The program's outputs on these inputs, and one record for each of its `sites`."""
+    return _Observer(probe).run(program, list(args), sites(program), 0)
+
+
+def source_of(eqn: Any) -> str:
+    """The innermost line, outside of libraries and of jaxmp but for its models, that made an operation."""
+    trace = eqn.source_info.traceback
+    if trace is None:
+        return ""
+    frames = [(f.f_code, line) for f, line in traceback.walk_tb(trace.as_python_traceback())]
+    for code, line in reversed(frames):
+        ours = code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_MODELS)
+        if not ours and not code.co_filename.startswith(_LIBRARIES):
+            return f"{_short(code.co_filename)}:{line} ({code.co_name})"
+    return source_info_util.summarize(eqn.source_info)
+
+
+def _short(filename: str) -> str:
+    """The path from the working directory if it lies below it, else the file's name."""
+    relative = os.path.relpath(filename)
+    return os.path.basename(filename) if relative.startswith("..") else relative
+
+
+def _sites(program: programs.Program, around: tuple, loops: tuple[str, ...]) -> Iterator[Site]:
+    """The sites of a program inside the operations `around` it."""
+    for eqn in program.jaxpr.eqns:
+        call = _walked(eqn)
+        if call is None:
+            yield _site((*around, eqn), loops)
+            continue
+        inner = (*loops, call.kind) if call.kind in ("scan", "while") else loops
+        for body in _looked_at(call):
+            yield from _sites(body.program, (*around, eqn), inner)
+
+
+def _site(path: tuple, loops: tuple[str, ...]) -> Site:
+    """The site of the last operation of `path`, the others being the calls around it."""
+    eqn = path[-1]
+    names = "/".join(programs.scope(e) for e in path).split("/")
+    recomputed = _RECOMPUTED in names
+    backward = any("transpose(" in str(e.source_info.name_stack) for e in path)
+    return Site(
+        primitive=eqn.primitive.name,
+        scope="/".join(name for name in names if name and name != _RECOMPUTED),
+        phase="recomputed" if recomputed else "backward" if backward else "forward",
+        source=source_of(eqn),
+        loops=loops,
+        inputs=tuple(a if programs.is_literal(a) else a.aval for a in eqn.invars),
+        outputs=tuple(a.aval for a in eqn.outvars),
+    )
+
+
+def _walked(eqn: Any) -> programs.Call | None:
+    call = programs.call_of(eqn)
+    return call if call is not None and call.kind in _WALKED else None
+
+
+def _looked_at(call: programs.Call) -> list[programs.Body]:
+    """The bodies that are observed: not a loop's condition, which decides and computes nothing."""
+    return [body for body in call.bodies if body.gives_results]
+
+
+def _count(program: programs.Program) -> int:
+    """The number of sites in a program."""
+    calls = (_walked(eqn) for eqn in program.jaxpr.eqns)
+    return sum(1 if c is None else sum(_count(b.program) for b in _looked_at(c)) for c in calls)
+
+
+class _Observer:
+    """The interpreter: one method for each construct. `places` are the sites of the program at hand."""
+
+    def __init__(self, probe: Probe):
+        self.probe = probe
+
+    def run(
+        self, program: programs.Program, args: list, places: list[Site], level: int
+    ) -> tuple[list, list]:
+        values = dict(zip(program.jaxpr.constvars, program.consts))
+        values.update(zip(program.jaxpr.invars, args))
+        read = lambda atom: atom.val if programs.is_literal(atom) else values[atom]
+        remaining, records = iter(places), []
+        for eqn in program.jaxpr.eqns:
+            operands = [read(atom) for atom in eqn.invars]
+            call = _walked(eqn)
+            with programs.location(eqn):
+                if call is None:
+                    results = [_held(x) for x in programs.bind(eqn, operands)]
+                    records.append(self.probe.look(next(remaining), operands, results))
+                else:
+                    counts = [_count(body.program) for body in _looked_at(call)]
+                    inner = [list(itertools.islice(remaining, count)) for count in counts]
+                    enter = {"scan": self._scan, "while": self._while, "cond": self._cond}
+                    results, found = enter.get(call.kind, self._plain)(
+                        eqn, call, operands, inner, level
+                    )
+                    records += found
+            values.update(zip(eqn.outvars, results))
+        return [read(atom) for atom in program.jaxpr.outvars], records
+
+    def _plain(self, eqn, call, operands, inner, level) -> tuple[list, list]:
+        del eqn
+        return self.run(call.bodies[0].program, operands, inner[0], level)
+
+    def _scan(self, eqn, call, operands, inner, level) -> tuple[list, list]:
+        params, body, places = eqn.params, call.bodies[0].program, inner[0]
+        first, carried = programs.scan_counts(params)
+        consts, rest = operands[:first], operands[first:]
+
+        def step(state: tuple, x: tuple) -> tuple[tuple, list]:
+            (carry, records), (position, slices) = state, x
+            outs, found = self.run(body, [*consts, *carry, *slices], places, level + 1)
+            records = self._merge(places, records, found, level, position)
+            return (outs[:carried], records), outs[carried:]
+
+        (last, records), ys = jax.lax.scan(
+            step,
+            (rest[:carried], self._start(places)),
+            (jnp.arange(params["length"], dtype=jnp.int32), rest[carried:]),
+            reverse=params["reverse"],
+        )
+        return [*last, *ys], records
+
+    def _while(self, eqn, call, operands, inner, level) -> tuple[list, list]:
+        params, (condition, body), places = eqn.params, call.bodies, inner[0]
+        first = params["cond_nconsts"]
+        second = first + params["body_nconsts"]
+        ignored = list(_sites(condition.program, (), ()))
+
+        def goes_on(state: tuple) -> jax.Array:
+            return self.run(condition.program, [*operands[:first], *state[1]], ignored, 0)[0][0]
+
+        def step(state: tuple) -> tuple:
+            position, carry, records = state
+            args = [*operands[first:second], *carry]
+            outs, found = self.run(body.program, args, places, level + 1)
+            return position + 1, outs, self._merge(places, records, found, level, position)
+
+        start = (jnp.int32(0), operands[second:], self._start(places))
+        _, last, records = jax.lax.while_loop(goes_on, step, start)
+        return last, records
+
+    def _cond(self, eqn, call, operands, inner, level) -> tuple[list, list]:
+        del eqn
+
+        def branch(chosen: int) -> Callable[..., tuple[list, list]]:
+            def run(*args: Any) -> tuple[list, list]:
+                program = call.bodies[chosen].program
+                found = [self._start(places) for places in inner]
+                outs, found[chosen] = self.run(program, list(args), inner[chosen], level)
+                return outs, list(itertools.chain(*found))
+
+            return run
+
+        return jax.lax.switch(operands[0], [branch(i) for i in range(len(inner))], *operands[1:])
+
+    def _start(self, places: list[Site]) -> list:
+        return [self.probe.start(place) for place in places]
+
+    def _merge(self, places, records, found, level, position) -> list:
+        pairs = zip(places, records, found)
+        return [self.probe.merge(p, old, new, level, position) for p, old, new in pairs]
+
+
+def _held(x: Any) -> Any:
+    """A result behind a barrier that no fusion reaches across."""
+    return jax.lax.optimization_barrier(x) if programs.is_inexact(jax.typeof(x)) else x
