@@ -7,7 +7,7 @@ because Flax costs half a second and NNX a whole one.
 
 import importlib
 
-_SUBMODULES = ("functional", "layers", "linen", "models", "nnx")
+_SUBMODULES = ("blocks", "functional", "layers", "linen", "models", "nnx")
 
 
 def __getattr__(name: str):
