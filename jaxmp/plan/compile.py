@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from jaxmp.plan import collectives as collectives_lib
 from jaxmp.plan import hlo, targets, traffic
 from jaxmp.plan import products as products_lib
 from jaxmp.plan.products import Product
@@ -42,6 +43,8 @@ class Compiled:
     """Outputs that live in the buffers of donated arguments."""
     temporary_bytes: int
     products: tuple[Product, ...]
+    collectives: tuple[collectives_lib.Collective, ...]
+    """Exchanges between devices."""
     dtype_bytes: dict[str, int]
     """Bytes of the state by dtype."""
     not_aliased: tuple[str, ...]
@@ -67,18 +70,27 @@ class Compiled:
         """Products with an operand of more than 16 bits: slow, and rarely meant."""
         return tuple(product for product in self.products if product.wide)
 
+    @property
+    def traffic_by_kind(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Executions and bytes of exchanges between devices for each (kind, dtype)."""
+        return collectives_lib.by_kind_and_dtype(self.collectives)
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data for JSON, products summed up by dtypes."""
+        """Returns plain data for JSON, products and exchanges summed up by dtypes."""
         row = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
-            if field.name != "products"
+            if field.name not in ("products", "collectives")
         }
         row["peak_bytes"] = self.peak_bytes
         row["products"] = {
             dtypes: {"count": count, "flops": flops}
             for dtypes, (count, flops) in self.products_by_dtypes.items()
         }
+        row["collectives"] = [
+            {"kind": kind, "dtype": dtype, "times": times, "bytes": size}
+            for (kind, dtype), (times, size) in self.traffic_by_kind.items()
+        ]
         row["wide_products"] = [dataclasses.asdict(product) for product in self.wide_products]
         return row
 
@@ -185,6 +197,7 @@ def describe(
         alias_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
         products=found,
+        collectives=collectives_lib.collectives(module),
         dtype_bytes=_dtype_bytes(state),
         not_aliased=_not_aliased(module),
     )

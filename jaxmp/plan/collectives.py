@@ -1,0 +1,70 @@
+"""What a compiled program sends between devices: kinds, dtypes and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxmp.plan import hlo
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between devices, as one device sees it."""
+
+    kind: str
+    """XLA's name, "all-gather"."""
+    dtype: str
+    """Of what is sent, by NumPy's name."""
+    bytes: int
+    """The larger of what one device gives and what it gets, in one execution."""
+    times: float
+    """How often it runs in a step."""
+    name: str
+    """The operation's name in the user's program."""
+    source: str
+    """"file:line" of the user's code, "" where it is unknown."""
+
+
+def collectives(module: hlo.Module) -> tuple[Collective, ...]:
+    """Returns every exchange between devices that runs, in the program's order.
+
+    An asynchronous one is counted where it starts; several arrays sent as one are several entries.
+    """
+    found = []
+    for computation, instruction, times in module.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        given = [array for shapes in computation.operand_shapes(instruction) for array in shapes]
+        # A started exchange has its operands among its results, in front.
+        got = instruction.shapes[-len(given) :] if given else instruction.shapes
+        for before, after in zip(given, got):
+            found.append(
+                Collective(
+                    kind=kind,
+                    dtype=hlo.numpy_name(before.dtype),
+                    bytes=max(before.bytes, after.bytes),
+                    times=times,
+                    name=instruction.attribute("op_name"),
+                    source=module.source(instruction),
+                )
+            )
+    return tuple(found)
+
+
+def by_kind_and_dtype(found: tuple[Collective, ...]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Returns executions and bytes in a step for each (kind, dtype), the most bytes first."""
+    table: dict[tuple[str, str], tuple[float, float]] = {}
+    for one in found:
+        times, total = table.get((one.kind, one.dtype), (0.0, 0.0))
+        table[one.kind, one.dtype] = (times + one.times, total + one.times * one.bytes)
+    return dict(sorted(table.items(), key=lambda item: -item[1][1]))
