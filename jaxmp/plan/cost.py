@@ -12,7 +12,6 @@ from jaxmp.plan import compile as compiling
 from jaxmp.plan import products as products_lib
 from jaxmp.plan import targets
 
-_GIB = 2**30
 _SHOWN = 8
 
 
@@ -78,8 +77,8 @@ class Estimate:
             ("parameters", f"{self.parameters:,}"),
             *((f"memory: {name}", _size(value)) for name, value in self.memory.items()),
             ("memory at peak", f"{_size(self.peak_bytes)}{self._verdict()}"),
-            ("bytes moved", f"{program.bytes_accessed / 1e9:.2f} GB a step"),
-            ("FLOPs in products", f"{program.product_flops / 1e12:.3f} TFLOP a step"),
+            ("bytes moved", f"{_decimal(program.bytes_accessed, 'B')} a step"),
+            ("FLOPs in products", f"{_decimal(program.product_flops, 'FLOP')} a step"),
         ]
         if not math.isnan(self.seconds):
             rows.append(
@@ -90,9 +89,9 @@ class Estimate:
                 )
             )
         for (kind, dtype), (times, size) in program.traffic_by_kind.items():
-            rows.append((kind, f"{times:g} times, {size / 1e9:.3f} GB of {dtype} a step"))
+            rows.append((kind, f"{times:g} times, {_decimal(size, 'B')} of {dtype} a step"))
         for dtypes, (count, flops) in program.products_by_dtypes.items():
-            rows.append(("products", f"{count:g} of {dtypes}, {flops / 1e12:.3f} TFLOP"))
+            rows.append(("products", f"{count:g} of {dtypes}, {_decimal(flops, 'FLOP')}"))
         for product in program.wide_products[:_SHOWN]:
             rows.append(("wide product", f"{product.dtypes} at {product.source or product.name}"))
         rows.append(("compiled in", f"{program.compile_seconds:.1f} s"))
@@ -197,4 +196,16 @@ def _quotient(amount: float, rate: float) -> float:
 
 
 def _size(count: float) -> str:
-    return f"{count / _GIB:.3f} GiB"
+    return _scaled(count, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _decimal(count: float, unit: str) -> str:
+    return _scaled(count, 1000, tuple(prefix + unit for prefix in ("", "k", "M", "G", "T", "P")))
+
+
+def _scaled(count: float, base: int, units: tuple[str, ...]) -> str:
+    """A quantity in the largest unit that leaves at least one of it, with three digits or more."""
+    place = 0
+    while count >= base and place < len(units) - 1:
+        count, place = count / base, place + 1
+    return f"{count:.{max(0, 2 - len(str(int(count))) + 1)}f} {units[place]}"

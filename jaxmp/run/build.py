@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -158,17 +159,30 @@ def _evaluation(
 
 
 def compile_step(experiment: Experiment) -> tuple[Any, Step]:
-    """(abstract state, the step compiled once with its state donated).
+    """(abstract state, the step compiled once with its state donated). Raises ConfigError."""
+    with model_mistakes():
+        state, batch = abstract_arguments(experiment)
+        return state, training.jit_step(experiment.step).lower(state, batch).compile()
 
-    What the model refuses at its tracing, such as a patch that does not divide the image or an
-    override that matches nothing, comes back as ConfigError.
-    """
+
+def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
+    """The shapes and dtypes of the state and of a batch."""
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0)
     )
+    return jax.eval_shape(experiment.init), batch
+
+
+@contextlib.contextmanager
+def model_mistakes() -> Iterator[None]:
+    """Turns what a model refuses at its tracing into a ConfigError.
+
+    Such as a patch that does not divide the image, or an override that matches nothing.
+    """
     try:
-        abstract = jax.eval_shape(experiment.init)
-        return abstract, training.jit_step(experiment.step).lower(abstract, batch).compile()
+        yield
+    except ConfigError:
+        raise
     except ValueError as error:
         key = "overrides" if "override" in str(error) else "model"
         raise ConfigError(f"{key}: {error}") from error

@@ -18,7 +18,7 @@ import platform
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,42 +43,70 @@ _HELP = ("-h", "--help")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Trains what the command line asks for; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    with signals.listening() as stop:
-        try:
-            config, name = parse(arguments)
-            use_compilation_cache()
-            outcome = loop.train(config, name=name, stop=stop)
-        except ConfigError as error:
-            print(f"error: {shorten(str(error))}", file=sys.stderr)
-            return EXIT_USAGE
-        except CheckpointError as error:
-            print(f"error: {shorten(str(error))}", file=sys.stderr)
-            return EXIT_FAILED
-        except KeyboardInterrupt:
-            print(
-                "stopped at once; the same command resumes from the newest checkpoint.",
-                file=sys.stderr,
-            )
-            return EXIT_KILLED
+
+    def train() -> int:
+        config, name = parse(arguments)
+        use_compilation_cache()
+        outcome = loop.train(config, name=name, stop=stop)
         stream = sys.stderr if outcome.exit_code == 1 else sys.stdout
         print(f"{name}: {outcome.message}", file=stream, flush=True)
         return outcome.exit_code
 
+    with signals.listening() as stop:
+        return exit_code_of(
+            train, "stopped at once; the same command resumes from the newest checkpoint."
+        )
 
-def parse(arguments: Sequence[str]) -> tuple[Config, str]:
-    """(config with the command line's overrides, its name). Raises ConfigError, or SystemExit(0) for help."""
+
+def exit_code_of(action: Callable[[], int], interrupted: str = "stopped.") -> int:
+    """What `action` returns; a user's mistake is told in a few lines instead of a traceback."""
+    try:
+        return action()
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {shorten(str(error))}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return EXIT_KILLED
+
+
+def parse(arguments: Sequence[str], usage: str = USAGE) -> tuple[Config, str]:
+    """(config with the command line's overrides, its name). Raises ConfigError, or SystemExit(0) for help.
+
+    The first line of `usage` is how the program is called; it is shown where nothing or --help comes.
+    """
     if not arguments or arguments[0] in _HELP:
-        print(USAGE)
+        print(usage)
         raise SystemExit(0 if arguments else EXIT_USAGE)
     path, *overrides = arguments
+    program = usage.split()[1]
     if path.startswith("-"):
         raise ConfigError(
-            f"the config file comes first, before {path}; write train.py configs/NAME.py {path} …"
+            f"the config file comes first, before {path}; write {program} configs/NAME.py {path} …"
         )
     config = load(pathlib.Path(path))
-    config = override(config, overrides)
+    config = override(config, overrides, program)
     validate.check(config)
     return config, pathlib.Path(path).stem
+
+
+def split_options(
+    arguments: Sequence[str], defaults: Mapping[str, str]
+) -> tuple[dict[str, str], list[str]]:
+    """A program's own options, `--name VALUE` or `--name=VALUE`, and the arguments that remain."""
+    values, rest, remaining = dict(defaults), [], iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in defaults:
+            rest.append(argument)
+            continue
+        value = value if equals else next(remaining, "")
+        if not value or value.startswith("--"):
+            raise ConfigError(
+                f"--{name} lacks a value; write --{name} {defaults[name] or 'VALUE'}."
+            )
+        values[name] = value
+    return values, rest
 
 
 def load(path: pathlib.Path) -> Config:
@@ -112,7 +140,7 @@ def load(path: pathlib.Path) -> Config:
     return config
 
 
-def override(config: Config, arguments: Sequence[str]) -> Config:
+def override(config: Config, arguments: Sequence[str], program: str = "train.py") -> Config:
     """The config with `--dotted.name VALUE` settings replaced. Raises ConfigError, or SystemExit(0)."""
     import tyro
 
@@ -125,7 +153,7 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
                 Config,
                 default=config,
                 args=list(arguments),
-                prog="train.py configs/NAME.py",
+                prog=f"{program} configs/NAME.py",
                 use_underscores=True,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
             )

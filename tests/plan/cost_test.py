@@ -58,7 +58,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_try(parts):
     found = on("tpu-v5e", parts, temporary_bytes=20 * 2**30)
     assert not found.fits
     assert found.free_bytes == 16 * 2**30 - found.peak_bytes
-    assert "does NOT fit" in str(found) and "4.000 GiB missing" in str(found)
+    assert "does NOT fit" in str(found) and "4.00 GiB missing" in str(found)
     assert any("accumulate" in sentence for sentence in cost.suggestions(found))
     too_large = on("tpu-v5e", parts, argument_bytes=17 * 2**30)
     assert any("shard" in sentence for sentence in cost.suggestions(too_large))

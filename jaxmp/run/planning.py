@@ -1,0 +1,84 @@
+"""The command line of a plan: `plan.py configs/NAME.py --target TARGET [--dotted.overrides ...]`.
+
+Compiles the very step of a config for a machine that is absent and says whether it fits there and
+what it costs. No step runs.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from jaxmp import plan
+from jaxmp.plan import targets
+from jaxmp.run import build, cli
+from jaxmp.run.config import Config, ConfigError
+
+USAGE = """usage: plan.py configs/NAME.py [--target TARGET] [--json FILE] [--setting VALUE ...]
+
+Compiles the training step of a config for hardware that is not here, and prints its memory, bytes,
+FLOPs, roofline and products. Exit code 0: it fits; 1: it does not.
+  --target TARGET   gpu-h100 (default), gpu-h200, gpu-a100, tpu-v5e, tpu-v5p, tpu-v6e, cpu
+  --json FILE       also write the plan as JSON
+  plan.py configs/NAME.py --target tpu-v5e --batch_size 64 --accumulate 4"""
+
+_OPTIONS = {"target": "gpu-h100", "json": ""}
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plans what the command line asks for; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+
+    def run() -> int:
+        options, rest = cli.split_options(arguments, _OPTIONS)
+        config, name = cli.parse(rest, USAGE)
+        found = estimate(config, options["target"])
+        print(f"{name}, policy {config.policy}, batch {config.batch_size}\n{found}")
+        if options["json"]:
+            where = pathlib.Path(options["json"])
+            where.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return 0 if found.fits else 1
+
+    return cli.exit_code_of(run)
+
+
+def estimate(config: Config, target: str) -> plan.Estimate:
+    """The estimate of a config's step on a target.
+
+    Raises ConfigError for a target that is unknown, lacks its compiler, or whose compiler gives up
+    because the step needs more memory than there is.
+    """
+    try:
+        targets.devices(target)
+    except ValueError as error:
+        raise ConfigError(f"--target: {error}") from error
+    parts = build.build(config)
+    with build.model_mistakes():
+        state, batch = build.abstract_arguments(parts)
+    try:
+        with build.model_mistakes():
+            program = plan.compile_for(parts.step, state, batch, target)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(_refusal(target, " ".join(str(error).split()))) from error
+    return plan.estimate(program, state, batch)
+
+
+def _refusal(target: str, said: str) -> str:
+    """What to tell when a target's compiler gives up, and what to try."""
+    if _OUT_OF_MEMORY.search(said):
+        return (
+            f"--target: the step does NOT fit {target}; its compiler says: {said[:200]}\nAccumulate "
+            "over more microbatches (--accumulate), take a smaller --batch_size, or a device with "
+            "more memory."
+        )
+    return (
+        f"--target: the compiler of {target} gives up on this step: {said[:200]}\nAn absent GPU cannot "
+        "try its kernels: widths that are multiples of 64 are safe; or leave the products to its "
+        "library with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false."
+    )
