@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxmp.numerics import tree as trees
@@ -24,8 +25,8 @@ class Block(NamedTuple):
     kind: str
     """The class of the module, `TransformerBlock`."""
     apply: Callable[[Any], Any]
-    """The block as a function of its input; its parameters and other arguments are fixed. It traces
-    the model around the block, of which a compiler leaves nothing."""
+    """The block as a function of its input, of any batch size; its parameters and other arguments are
+    fixed. It traces the model around the block, of which a compiler leaves nothing."""
     input: jax.Array
     """What flowed into it."""
 
@@ -58,7 +59,8 @@ def blocks_of(fn: Callable, *args: Any, **kwargs: Any) -> list[Block]:
                 if name != wanted:
                     return run(x)
                 results.append(run(given))
-                return results[0]
+                # What follows is thrown away; it only has to find the shape that it expects.
+                return jnp.zeros((x.shape[0], *results[0].shape[1:]), results[0].dtype)
 
             _intercepted(fn, look)(*args, **kwargs)
             return results[0]

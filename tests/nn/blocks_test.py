@@ -28,6 +28,8 @@ def test_blocks_are_those_that_eat_floats_in_the_order_they_run():
     assert [b.name for b in transformer] == [f"TransformerBlock_{i}" for i in range(3)]
     for block, after in itertools.pairwise(transformer):
         np.testing.assert_allclose(jax.jit(block.apply)(block.input), after.input, rtol=1e-5)
+    one = jax.jit(transformer[0].apply)(transformer[0].input[:1])  # fewer examples than the model's
+    np.testing.assert_allclose(one, transformer[1].input[:1], rtol=1e-5)
 
 
 def test_a_swapped_input_gives_what_the_rest_of_the_model_makes_of_it():
