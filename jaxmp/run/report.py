@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
 import pathlib
-import platform
-import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxmp.run import metrics, workdir
-
-INK, QUIET, ACCENT, SECOND = "#1d2733", "#9aa7b4", "#2563a8", "#c8571b"
+from jaxmp.diagnose import plots
+from jaxmp.diagnose.plots import ACCENT, INK, SECOND
+from jaxmp.run import metrics, page, workdir
 
 # What an outline of a run shows beside its figures; the rest of the settings is in the table below.
 _HEADLINE = ("policy", "steps", "batch_size", "optimizer.name", "optimizer.learning_rate", "seed")
@@ -32,11 +27,11 @@ def write(directory: pathlib.Path, name: str) -> pathlib.Path:
     settings = workdir.recall(directory) or {}
     picture = directory / "report.png"
     draw(steps, evaluations, name).savefig(picture, dpi=150)
-    page = directory / "report.html"
-    page.write_text(
+    where = directory / "report.html"
+    where.write_text(
         _page(name, steps, evaluations, settings, picture.read_bytes()), encoding="utf-8"
     )
-    return page
+    return where
 
 
 def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record], name: str) -> Any:
@@ -65,7 +60,7 @@ def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record],
             label="held out",
         )
         axes.legend(frameon=False, fontsize=9)
-        _style(axes, title)
+        plots.style(axes, title)
     _logarithmic_if_far(panels[0, 0], column(steps, "loss"))
     panels[0, 1].yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
     for axes, key, title in (
@@ -81,7 +76,7 @@ def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record],
             linewidth=1.2,
             drawstyle="steps-post" if key == "loss_scale" else "default",
         )
-        _style(axes, title)
+        plots.style(axes, title)
         if key == "grad_norm" and np.any(y > 0):
             axes.set_yscale("log")
         if key == "loss_scale" and len(y):
@@ -93,7 +88,7 @@ def draw(steps: Sequence[metrics.Record], evaluations: Sequence[metrics.Record],
     )
     panels[1, 2].plot(x, np.cumsum(skipped), color=SECOND, linewidth=1.2, drawstyle="steps-post")
     panels[1, 2].set_ylim(0, max(1.0, skipped.sum() * 1.15))
-    _style(panels[1, 2], f"Skipped steps, {int(skipped.sum())} in all")
+    plots.style(panels[1, 2], f"Skipped steps, {int(skipped.sum())} in all")
     for axes in panels[1]:
         axes.set_xlabel("step", color=INK, fontsize=9)
     return figure
@@ -144,31 +139,6 @@ def _logarithmic_if_far(axes: Any, loss: np.ndarray) -> None:
         axes.set_yscale("log")
 
 
-def _style(axes: Any, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10.5, color=INK)
-    axes.grid(True, color="#e3e8ee", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=8.5)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(QUIET)
-
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1d2733; background: #f5f7f9; margin: 0; }
-main { max-width: 1120px; margin: 0 auto; padding: 2rem 1.5rem 3rem; }
-h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .6rem; }
-p { margin: .2rem 0 1.2rem; color: #566472; }
-.figures { display: flex; flex-wrap: wrap; gap: .7rem; margin-bottom: 1.2rem; }
-.figures div { background: #fff; border: 1px solid #e3e8ee; border-radius: 8px; padding: .6rem 1rem; }
-.figures b { display: block; font-size: 1.35rem; } .figures span { color: #566472; font-size: .85rem; }
-img { width: 100%; background: #fff; border: 1px solid #e3e8ee; border-radius: 8px; }
-table { border-collapse: collapse; background: #fff; border: 1px solid #e3e8ee; font-size: .9rem; }
-td, th { padding: .25rem .9rem; border-bottom: 1px solid #eef1f4; text-align: left; }
-.settings { columns: 2; } .settings div { break-inside: avoid; font: 13px/1.6 ui-monospace, monospace; }
-"""
-
-
 def _page(
     name: str,
     steps: Sequence[metrics.Record],
@@ -176,45 +146,32 @@ def _page(
     settings: dict[str, Any],
     picture: bytes,
 ) -> str:
-    text = lambda value: html.escape(str(value))
-    cards = "".join(
-        f"<div><b>{text(value)}</b><span>{text(key)}</span></div>"
-        for key, value in summary(steps, evaluations).items()
-    )
     outline = ", ".join(
         f"{key.rpartition('.')[2]} {settings[key]}" for key in _HEADLINE if key in settings
     )
     models = " on ".join(
         str(settings[k]).removesuffix("Config") for k in ("model", "data") if k in settings
     )
-    lines = "".join(f"<div>{text(key)} = {text(value)}</div>" for key, value in settings.items())
-    image = base64.b64encode(picture).decode()
-    device = jax.devices()[0].device_kind
-    made = (
-        f"{time.strftime('%Y-%m-%d %H:%M')}, jax {jax.__version__} on {device}, "
-        f"Python {platform.python_version()}"
+    about = "loss, accuracy, gradient norm, learning rate, loss scale and skipped steps over time"
+    return page.document(
+        name,
+        f"{models}: {outline}",
+        summary(steps, evaluations),
+        [
+            ("", page.image(picture, about)),
+            ("Held-out data", _table(evaluations)),
+            ("Settings", page.settings(settings)),
+        ],
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{text(name)}</title><style>{_STYLE}</style></head>
-<body><main><h1>{text(name)}</h1><p>{text(models)}: {text(outline)}</p>
-<div class="figures">{cards}</div>
-<img alt="loss, accuracy, gradient norm, learning rate, loss scale and skipped steps over time"
- src="data:image/png;base64,{image}">
-<h2>Held-out data</h2>{_table(evaluations)}
-<h2>Settings</h2><div class="settings">{lines}</div>
-<h2>Made</h2><p>{text(made)}</p></main></body></html>
-"""
 
 
 def _table(evaluations: Sequence[metrics.Record], rows: int = 12) -> str:
     """The last evaluations as an HTML table."""
     if not evaluations:
-        return "<p>none</p>"
+        return page.paragraph("none")
     keys = list(evaluations[-1])
-    head = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in keys)
     cell = lambda value: f"{value:.4f}" if isinstance(value, float) else str(value)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{cell(record.get(key))}</td>" for key in keys) + "</tr>"
-        for record in evaluations[-rows:]
+    return page.table(
+        [key.replace("_", " ") for key in keys],
+        [[cell(record.get(key)) for key in keys] for record in evaluations[-rows:]],
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
