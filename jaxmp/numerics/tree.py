@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,41 @@ def _select(pred: jax.Array, x: Any, y: Any) -> Any:
     return jax.lax.select(pred, jnp.asarray(x), jnp.asarray(y))
 
 
+class SumOfSquares(NamedTuple):
+    """The sum of the squares of float32 numbers of any magnitude, in three scalings of x.
+
+    Each is a plain sum, so those of several trees, microbatches or devices add up field by field.
+    """
+
+    down: jax.Array
+    """Of x * 2^-80: finite exactly when every element is, for up to 2^31 of them."""
+    plain: jax.Array
+    """Of x: overflows from elements of 1.8e19 and loses those below 1e-19."""
+    up: jax.Array
+    """Of x * 2^80."""
+
+
+def sum_of_squares(tree: Any) -> SumOfSquares:
+    """The sum of squares over all floating leaves, in float32; zeros for a tree without any."""
+    squares = [_squares(leaf) for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
+    if not squares:
+        return SumOfSquares(*(jnp.zeros([], jnp.float32) for _ in SumOfSquares._fields))
+    return functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), squares)
+
+
+def _squares(leaf: jax.Array) -> SumOfSquares:
+    x = jnp.asarray(leaf).astype(jnp.float32)
+    return SumOfSquares(*(jnp.sum(jnp.square(x * factor)) for factor in (1.0 / _FAR, 1.0, _FAR)))
+
+
+def root_of(squares: SumOfSquares) -> jax.Array:
+    """The square root, elementwise: inf if it exceeds float32's range, NaN or inf after such."""
+    in_range = jnp.where(
+        squares.plain < _NEAR_UNDERFLOW, jnp.sqrt(squares.up) / _FAR, jnp.sqrt(squares.plain)
+    )
+    return jnp.where(jnp.isfinite(squares.plain), in_range, jnp.sqrt(squares.down) * _FAR)
+
+
 def norm_and_finite(tree: Any) -> tuple[jax.Array, jax.Array]:
     """The Euclidean norm over all leaves and whether all are finite, from one pass in float32.
 
@@ -84,20 +119,8 @@ def norm_and_finite(tree: Any) -> tuple[jax.Array, jax.Array]:
       The norm, a float32 scalar (inf if it exceeds float32's range, NaN or inf if a leaf is not
       finite), and a boolean scalar. For a tree without floating leaves: 0 and True.
     """
-    squares = [_squares(leaf) for leaf in jax.tree.leaves(tree) if is_floating(leaf)]
-    if not squares:
-        return jnp.zeros([], jnp.float32), jnp.array(True)
-    down, plain, up = (functools.reduce(jnp.add, column) for column in zip(*squares))
-    finite = jnp.isfinite(down)
-    in_range = jnp.where(plain < _NEAR_UNDERFLOW, jnp.sqrt(up) / _FAR, jnp.sqrt(plain))
-    return jnp.where(jnp.isfinite(plain), in_range, jnp.sqrt(down) * _FAR), finite
-
-
-def _squares(leaf: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Float32 sums of squares of the leaf scaled down, as it is, and scaled up."""
-    x = jnp.asarray(leaf).astype(jnp.float32)
-    down, plain, up = (jnp.sum(jnp.square(x * factor)) for factor in (1.0 / _FAR, 1.0, _FAR))
-    return down, plain, up
+    squares = sum_of_squares(tree)
+    return root_of(squares), jnp.isfinite(squares.down)
 
 
 def global_norm(tree: Any) -> jax.Array:
