@@ -6,6 +6,10 @@ a float32 parameter in a 16-bit model makes that one layer more exact and nothin
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,6 +17,7 @@ from jax import Array
 from jax.nn.initializers import Initializer
 
 from jaxmp.nn import functional as F
+from jaxmp.nn import lipschitz, lipschitz_layers
 
 
 class Dense(nn.Module):
@@ -130,13 +135,19 @@ class Conv(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention on x [B, T, D]: one product for query, key and value, one out."""
+    """Multi-head self-attention on x [B, T, D]: one product for query, key and value, one out.
+
+    `cosine` compares directions (`lipschitz.cosine_attention`), `qk_norm` caps the logits of the dot
+    product (`lipschitz.qk_norm`).
+    """
 
     heads: int
     causal: bool
     implementation: str
     kernel_init: Initializer
     output_init: Initializer
+    cosine: bool = False
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x_BTD: Array) -> Array:
@@ -146,16 +157,50 @@ class SelfAttention(nn.Module):
             part.reshape(batch, length, self.heads, width // self.heads)
             for part in jnp.split(qkv, 3, axis=-1)
         )
+        if self.qk_norm:
+            q_BTNH, k_BTNH = lipschitz_layers.QKNorm(name="qk_norm")(q_BTNH, k_BTNH)
         # Parameters are made in float32 and maybe on another machine: cudnn can do neither.
         implementation = "xla" if self.is_initializing() else self.implementation
-        y_BTNH = F.attention(
-            q_BTNH, k_BTNH, v_BTNH, causal=self.causal, implementation=implementation
-        )
+        attend = lipschitz.cosine_attention if self.cosine else F.attention
+        y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, causal=self.causal, implementation=implementation)
         return Dense(width, self.output_init, name="out")(y_BTNH.reshape(batch, length, width))
 
 
+def _nothing(name: str | None = None) -> Callable[[Array], Array]:
+    """Stands where a block has no norm."""
+    del name
+    return lambda x: x
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What sets the kinds of transformer block apart; the rest is the same in all."""
+
+    before: Callable[..., Any] = _nothing
+    """The norm through which branches, and the head, read the residual stream."""
+    after: Callable[..., Any] = _nothing
+    """The norm of the stream after each addition."""
+    weighted: bool = False
+    """Whether a branch is added as alpha * branch, alpha learned for each channel from 1/depth."""
+    cosine: bool = False
+    """Whether attention compares directions, values normalised, instead of dot products."""
+
+
+BLOCKS = {
+    "pre_ln": Block(before=LayerNorm),
+    "post_ln": Block(after=LayerNorm),
+    "weighted": Block(before=LayerNorm, weighted=True),
+    "lipsformer": Block(after=lipschitz_layers.CenterNorm, weighted=True, cosine=True),
+}
+"""GPT-2's (arXiv 2002.04745), the first transformer's (1706.03762), pre-LN with a weighted residual,
+and LipsFormer's (2304.09856): the norm's place is that of its released code."""
+
+
 class TransformerBlock(nn.Module):
-    """Pre-LN block: x + attention(norm(x)), then x + mlp(norm(x)); dropout on both branches."""
+    """Attention, then a two-layer MLP, each added to its input: after(x + alpha * branch(before(x))).
+
+    `block` names the kind in `BLOCKS`; dropout, and for whole examples drop-path, on both branches.
+    """
 
     heads: int
     mlp_width: int
@@ -164,17 +209,48 @@ class TransformerBlock(nn.Module):
     dropout: float
     kernel_init: Initializer
     output_init: Initializer
+    block: str = "pre_ln"
+    alpha: float = 1.0
+    """Where a weighted residual's alpha starts, 1/depth."""
+    qk_norm: bool = False
+    drop_path: float = 0.0
 
     @nn.compact
     def __call__(self, x_BTD: Array, train: bool) -> Array:
+        kind = BLOCKS[self.block]
         attend = SelfAttention(
-            self.heads, self.causal, self.implementation, self.kernel_init, self.output_init
+            self.heads,
+            self.causal,
+            self.implementation,
+            self.kernel_init,
+            self.output_init,
+            kind.cosine,
+            self.qk_norm,
         )
-        y_BTD = attend(LayerNorm()(x_BTD))
-        x_BTD = x_BTD + nn.Dropout(self.dropout, deterministic=not train)(y_BTD)
-        h_BTF = F.gelu(Dense(self.mlp_width, self.kernel_init)(LayerNorm()(x_BTD)))
-        y_BTD = Dense(x_BTD.shape[-1], self.output_init)(h_BTF)
-        return x_BTD + nn.Dropout(self.dropout, deterministic=not train)(y_BTD)
+        for branch in (attend, self._mlp):
+            y_BTD = branch(kind.before()(x_BTD))
+            y_BTD = nn.Dropout(self.dropout, deterministic=not train)(y_BTD)
+            y_BTD = lipschitz_layers.DropPath(self.drop_path)(y_BTD, train)
+            if kind.weighted:
+                x_BTD = lipschitz_layers.WeightedResidual(self.alpha)(x_BTD, y_BTD)
+            else:
+                x_BTD = x_BTD + y_BTD
+            x_BTD = kind.after()(x_BTD)
+        return x_BTD
+
+    def _mlp(self, x_BTD: Array) -> Array:
+        h_BTF = F.gelu(Dense(self.mlp_width, self.kernel_init)(x_BTD))
+        return Dense(x_BTD.shape[-1], self.output_init)(h_BTF)
+
+
+def check_block(block: str, qk_norm: bool) -> None:
+    """Raises ValueError, a sentence, unless there is such a block."""
+    if block not in BLOCKS:
+        raise ValueError(f"block {block!r} is unknown; choose one of {', '.join(BLOCKS)}.")
+    if qk_norm and BLOCKS[block].cosine:
+        raise ValueError(
+            f"block {block!r} normalises queries and keys by itself; leave qk_norm off."
+        )
 
 
 def check_transformer(width: int, heads: int, dropout: float, attention: str) -> None:
@@ -192,7 +268,7 @@ def check_transformer(width: int, heads: int, dropout: float, attention: str) ->
     check_dropout(dropout)
 
 
-def check_dropout(dropout: float) -> None:
-    """Raises ValueError, a sentence, unless 0 <= dropout < 1."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout {dropout} is not in [0, 1); 0 switches it off.")
+def check_dropout(rate: float, name: str = "dropout") -> None:
+    """Raises ValueError, a sentence, unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} {rate} is not in [0, 1); 0 switches it off.")

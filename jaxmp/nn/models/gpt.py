@@ -30,12 +30,17 @@ class GPTConfig:
     """Whether the output layer is the transpose of the token embedding."""
     attention: str = "xla"
     """"xla" or "cudnn", see `functional.attention`."""
+    block: str = "pre_ln"
+    """"pre_ln", "post_ln", "weighted" or "lipsformer", see `layers.BLOCKS`."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, which caps attention's logits."""
     logits: str = "float32"
     """"float32", or "compute" for the activations' dtype: half the size of the step's largest
     array, 3 of 35 GB moved for GPT-2 124M (H100, 8x1024 tokens). The loss is float32 either way."""
 
     def __post_init__(self) -> None:
         layers.check_transformer(self.width, self.heads, self.dropout, self.attention)
+        layers.check_block(self.block, self.qk_norm)
         if self.logits not in LOGITS:
             raise ValueError(
                 f"logits {self.logits!r} is unknown; choose one of {', '.join(LOGITS)}."
@@ -78,8 +83,11 @@ class GPT(nn.Module):
                 dropout=config.dropout,
                 kernel_init=normal,
                 output_init=nn.initializers.normal(0.02 * (2 * config.depth) ** -0.5),
+                block=config.block,
+                alpha=1 / config.depth,
+                qk_norm=config.qk_norm,
             )(x_BTD, train)
-        x_BTD = layers.LayerNorm(name="final_norm")(x_BTD)
+        x_BTD = layers.BLOCKS[config.block].before(name="final_norm")(x_BTD)
         wide = config.logits == "float32"
         if config.tied:
             return embed.logits(x_BTD, wide)

@@ -1,4 +1,4 @@
-"""A vision transformer: patches, learned positions, pre-LN blocks, pooled into one vector."""
+"""A vision transformer: patches, learned positions, blocks of a chosen kind, pooled into one vector."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 
 from jaxmp.nn import functional as F
-from jaxmp.nn import layers
+from jaxmp.nn import init, layers, lipschitz
 
 POOLINGS = ("mean", "class_token")
 
@@ -30,9 +30,19 @@ class ViTConfig:
     dropout: float = 0.0
     attention: str = "xla"
     """"xla" or "cudnn", see `functional.attention`."""
+    block: str = "pre_ln"
+    """"pre_ln", "post_ln", "weighted" or "lipsformer", see `layers.BLOCKS`."""
+    qk_norm: bool = False
+    """Whether queries and keys are normalised, which caps attention's logits."""
+    drop_path: float = 0.0
+    """Share of examples that the last block's branches skip in training; less before, none at first."""
+    spectral_init: bool = False
+    """Whether the kernels before the head start with the operator norm 1, as LipsFormer's do."""
 
     def __post_init__(self) -> None:
         layers.check_transformer(self.width, self.heads, self.dropout, self.attention)
+        layers.check_block(self.block, self.qk_norm)
+        layers.check_dropout(self.drop_path, "drop_path")
         if self.pool not in POOLINGS:
             raise ValueError(f"pool {self.pool!r} is unknown; choose one of {', '.join(POOLINGS)}.")
 
@@ -64,9 +74,10 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, inputs: Array, train: bool = False) -> Array:
         config = self.config
-        xavier = nn.initializers.xavier_uniform()
+        scaled = init.spectral if config.spectral_init else lambda initializer: initializer
+        xavier = scaled(nn.initializers.xavier_uniform())
         patches_BTP = patches_of(inputs, config.patch)
-        x_BTD = layers.Dense(config.width, nn.initializers.lecun_normal(), name="patch")(
+        x_BTD = layers.Dense(config.width, scaled(nn.initializers.lecun_normal()), name="patch")(
             patches_BTP
         )
         positions = nn.initializers.normal(0.02)
@@ -76,7 +87,7 @@ class VisionTransformer(nn.Module):
             x_BTD = jnp.concatenate([first_B1D, x_BTD], axis=1)
         x_BTD = F.add_bias(x_BTD, self.param("positions", positions, x_BTD.shape[1:]))
         x_BTD = nn.Dropout(config.dropout, deterministic=not train)(x_BTD)
-        for _ in range(config.depth):
+        for drop_path in lipschitz.drop_path_rates(config.depth, config.drop_path):
             x_BTD = layers.TransformerBlock(
                 heads=config.heads,
                 mlp_width=config.mlp_ratio * config.width,
@@ -85,8 +96,12 @@ class VisionTransformer(nn.Module):
                 dropout=config.dropout,
                 kernel_init=xavier,
                 output_init=xavier,
+                block=config.block,
+                alpha=1 / config.depth,
+                qk_norm=config.qk_norm,
+                drop_path=drop_path,
             )(x_BTD, train)
-        x_BTD = layers.LayerNorm(name="final_norm")(x_BTD)
+        x_BTD = layers.BLOCKS[config.block].before(name="final_norm")(x_BTD)
         x_BD = x_BTD[:, 0] if config.pool == "class_token" else jnp.mean(x_BTD, axis=1)
         head = layers.Dense(config.num_classes, nn.initializers.zeros, logits=True, name="head")
         return head(x_BD)

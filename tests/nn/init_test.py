@@ -1,0 +1,102 @@
+"""Spectral initialisation against dense operators, formed from all unit images."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmp.nn import init
+
+
+def operator_norm(kernel, image, *, stride=1, groups=1, circular=True):
+    """The largest singular value of the convolution's whole matrix."""
+    height, width, channels, _ = kernel.shape
+    channels *= groups
+
+    def convolve(x):
+        if circular:
+            x = jnp.pad(x, ((0, 0), (0, height - 1), (0, width - 1), (0, 0)), mode="wrap")
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            "VALID" if circular else "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    size = image[0] * image[1] * channels
+    columns = convolve(jnp.eye(size, dtype=kernel.dtype).reshape(size, *image, channels))
+    return np.linalg.norm(np.asarray(columns).reshape(size, -1), ord=2)
+
+
+CASES = {
+    "3x3": ((3, 3, 6, 10), (8, 8), 1, 1),
+    "depthwise 7x7": ((7, 7, 1, 12), (9, 8), 1, 12),
+    "grouped": ((3, 3, 2, 8), (6, 6), 1, 4),
+    "strided": ((3, 3, 4, 6), (8, 8), 2, 1),
+    "patches": ((2, 2, 3, 8), (8, 8), 2, 1),
+    "1x1": ((1, 1, 5, 7), (4, 4), 1, 1),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_norm_of_a_convolution_is_that_of_its_matrix(name):
+    shape, image, stride, groups = CASES[name]
+    with jax.enable_x64(True):
+        kernel = jnp.asarray(np.random.default_rng(0).normal(size=shape))
+        norm = init.convolution_norm(kernel, image=image, stride=stride, groups=groups)
+        expected = operator_norm(kernel, image, stride=stride, groups=groups)
+        np.testing.assert_allclose(norm, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_start_with_operator_norm_1_and_no_more_with_zero_padding(name):
+    shape, image, stride, groups = CASES[name]
+    initializer = init.spectral(image=image, stride=stride, groups=groups)
+    kernel = initializer(jax.random.key(0), shape, jnp.float32)
+    norm = operator_norm(kernel, image, stride=stride, groups=groups)
+    assert norm == pytest.approx(1, rel=1e-5)
+    if stride == 1:
+        assert operator_norm(kernel, image, groups=groups, circular=False) < 1 + 1e-5
+
+
+@pytest.mark.parametrize("name", ("3x3", "depthwise 7x7"))
+def test_the_reshaped_kernel_has_another_norm(name):
+    shape, image, _, groups = CASES[name]
+    kernel = np.random.default_rng(0).normal(size=shape)
+    reshaped = np.linalg.norm(kernel.reshape(-1, shape[-1]), ord=2)
+    exact = operator_norm(jnp.asarray(kernel, "float32"), image, groups=groups)
+    assert exact > 1.2 * reshaped
+
+
+def test_frequencies_sampled_more_finely_are_no_smaller():
+    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 4)), "float32")
+    norms = [init.convolution_norm(kernel, image=(n, n)) for n in (4, 8, 16, 32)]
+    assert sorted(norms) == norms
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_matrices_start_with_norm_1_in_the_dtype_asked_for(dtype):
+    base = jax.nn.initializers.normal(3.0)
+    kernel = init.spectral(base)(jax.random.key(0), (24, 40), dtype)
+    assert kernel.dtype == dtype
+    norm = np.linalg.norm(np.asarray(kernel).astype(np.float64), ord=2)
+    assert norm == pytest.approx(1, rel=float(jnp.finfo(dtype).eps))
+    plain = base(jax.random.key(0), (24, 40), jnp.float32)
+    np.testing.assert_allclose(
+        np.asarray(kernel).astype(np.float64) * np.linalg.norm(plain, ord=2),
+        plain,
+        rtol=2 * float(jnp.finfo(dtype).eps),
+        atol=1e-6,
+    )
+
+
+def test_wrong_shapes_are_named():
+    kernel = jnp.ones((3, 3, 2, 2))
+    with pytest.raises(ValueError, match=r"or \[height, width, in, out\], not one of shape \(3,\)"):
+        init.spectral(jax.nn.initializers.ones)(jax.random.key(0), (3,))
+    with pytest.raises(ValueError, match="3x3 is larger than the image 2x8"):
+        init.convolution_norm(kernel, image=(2, 8))
+    with pytest.raises(ValueError, match="stride 3 must divide the image 8x8"):
+        init.convolution_norm(kernel, image=(8, 8), stride=3)
