@@ -4,6 +4,10 @@ from jaxmp.optim.clipping import clip_by_global_norm as clip_by_global_norm
 from jaxmp.optim.clipping import clip_by_unit_norm as clip_by_unit_norm
 from jaxmp.optim.clipping import clip_by_value as clip_by_value
 from jaxmp.optim.decay import decay_mask as decay_mask
+from jaxmp.optim.outliers import clip_by_quantile as clip_by_quantile
+from jaxmp.optim.outliers import clip_by_zscore as clip_by_zscore
+from jaxmp.optim.outliers import skip_outliers as skip_outliers
+from jaxmp.optim.outliers import skipped_outliers_of as skipped_outliers_of
 from jaxmp.optim.recipes import RECIPES as RECIPES
 from jaxmp.optim.recipes import Recipe as Recipe
 from jaxmp.optim.recipes import adamw as adamw
@@ -19,3 +23,7 @@ from jaxmp.optim.schedules import warmup_constant as warmup_constant
 from jaxmp.optim.schedules import warmup_cosine as warmup_cosine
 from jaxmp.optim.schedules import warmup_rsqrt as warmup_rsqrt
 from jaxmp.optim.schedules import warmup_stable_decay as warmup_stable_decay
+from jaxmp.optim.updates import clip_update_rms as clip_update_rms
+from jaxmp.optim.updates import scale_by_stable_adam as scale_by_stable_adam
+from jaxmp.optim.weights import clip_spectral_norm as clip_spectral_norm
+from jaxmp.optim.weights import clip_weights as clip_weights

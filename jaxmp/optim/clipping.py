@@ -18,20 +18,19 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     16-bit gradients, whose own squares would overflow or vanish. Gradients that are not finite stay so:
     the guard of `with_loss_scale` comes before. (Pascanu et al. 2013, arXiv 1211.5063.)
     """
-    _require_positive("clip_by_global_norm", max_norm)
+    require_positive("clip_by_global_norm", max_norm)
 
     def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         norm = trees.global_norm(updates)
-        factor = jnp.where(norm > max_norm, max_norm / norm, 1.0)
-        return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates), state
+        return scale_to(updates, norm, jnp.minimum(norm, max_norm)), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
 def clip_by_value(max_value: float) -> optax.GradientTransformation:
     """Each element of the gradients limited to [-max_value, max_value]. It changes their direction."""
-    _require_positive("clip_by_value", max_value)
+    require_positive("clip_by_value", max_value)
     return optax.clip(max_value)
 
 
@@ -44,7 +43,7 @@ def clip_by_unit_norm(ratio: float = 0.01, eps: float = 1e-3) -> optax.GradientT
     scalar; norms are float32. `eps` lets units that start at zero move. Its authors leave the output
     layer out: use `optax.masked`. (Brock et al. 2021, arXiv 2102.06171, equation 3.)
     """
-    _require_positive("clip_by_unit_norm", ratio)
+    require_positive("clip_by_unit_norm", ratio)
 
     def clip(update: jax.Array, param: jax.Array) -> jax.Array:
         limit = ratio * jnp.maximum(_unit_norm(param), eps)
@@ -69,7 +68,14 @@ def _unit_norm(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes, keepdims=True))
 
 
-def _require_positive(name: str, value: float) -> None:
+def scale_to(updates: Any, norm: jax.Array, limit: jax.Array) -> Any:
+    """The updates, whose global norm is `norm`, scaled down to `limit`, or themselves if that is no less."""
+    factor = jnp.where(norm > limit, limit / norm, 1.0)
+    return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates)
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raises a ValueError that names the transformation unless its limit is above 0."""
     if not value > 0:
         raise ValueError(
             f"{name} expects a limit above 0, got {value!r}. Leave it out to not clip."

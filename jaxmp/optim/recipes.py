@@ -1,6 +1,7 @@
 """Whole optimizer chains in the right order, and the settings that evidence recommends.
 
-    unscale -> finite? -> clip -> (momentum | adam) -> decoupled decay -> -rate(step) -> average
+    unscale -> finite? -> guard -> clip -> (momentum | adam) -> decoupled decay -> -rate(step)
+        -> cap -> average
 
 `with_loss_scale` does the first two and holds everything after them when a step is skipped.
 """
@@ -20,6 +21,7 @@ from jaxmp.optim import clipping, decay, scaling, schedules
 from jaxmp.precision import loss_scale as scales
 
 Mask = Callable[[Any], Any] | Any | None
+Guard = Callable[[optax.GradientTransformation], optax.GradientTransformation]
 
 
 def adamw(
@@ -30,7 +32,9 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.1,
     mask: Mask = decay.decay_mask,
-    clip: float | None = 1.0,
+    clip: float | optax.GradientTransformation | None = 1.0,
+    guard: Guard | None = None,
+    cap: optax.GradientTransformation | None = None,
     ema: float | None = None,
     loss_scale: scales.LossScale | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -44,7 +48,10 @@ def adamw(
     Args:
       learning_rate: a number, or a schedule of the number of updates applied so far.
       mask: which parameters decay, a tree of booleans or a function of the parameters.
-      clip: the largest global gradient norm, None to not clip.
+      clip: the largest global gradient norm, or another clip such as `clip_by_unit_norm()`; None to
+        not clip.
+      guard: what wraps the chain to leave steps out, such as `skip_outliers`.
+      cap: what limits the weights after the update, such as `clip_spectral_norm(1.0)`.
       ema: the decay of an average of the parameters (read it with `ema_of`), None for none.
       loss_scale: None for the finite guard alone.
 
@@ -52,7 +59,7 @@ def adamw(
     """
     direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     decayed = optax.add_decayed_weights(weight_decay, mask)
-    return _chain(learning_rate, [direction, decayed], clip, ema, loss_scale)
+    return _chain(learning_rate, [direction, decayed], clip, guard, cap, ema, loss_scale)
 
 
 def sgd(
@@ -62,7 +69,9 @@ def sgd(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     mask: Mask = decay.decay_mask,
-    clip: float | None = None,
+    clip: float | optax.GradientTransformation | None = None,
+    guard: Guard | None = None,
+    cap: optax.GradientTransformation | None = None,
     ema: float | None = None,
     loss_scale: scales.LossScale | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -72,23 +81,29 @@ def sgd(
     """
     direction = optax.trace(decay=momentum, nesterov=nesterov, accumulator_dtype=jnp.float32)
     decayed = optax.add_decayed_weights(weight_decay, mask)
-    return _chain(learning_rate, [direction, decayed], clip, ema, loss_scale)
+    return _chain(learning_rate, [direction, decayed], clip, guard, cap, ema, loss_scale)
 
 
 def _chain(
     learning_rate: optax.ScalarOrSchedule,
     direction: list[optax.GradientTransformation],
-    clip: float | None,
+    clip: float | optax.GradientTransformation | None,
+    guard: Guard | None,
+    cap: optax.GradientTransformation | None,
     ema: float | None,
     loss_scale: scales.LossScale | None,
 ) -> optax.GradientTransformationExtraArgs:
+    if isinstance(clip, int | float):
+        clip = clipping.clip_by_global_norm(clip)
     parts = [
-        *([] if clip is None else [clipping.clip_by_global_norm(clip)]),
+        *([] if clip is None else [clip]),
         *direction,
         optax.scale_by_learning_rate(learning_rate),
+        *([] if cap is None else [cap]),
         *([] if ema is None else [params_ema(ema)]),
     ]
-    return scaling.with_loss_scale(in_float32(optax.chain(*parts)), loss_scale)
+    chain = optax.chain(*parts)
+    return scaling.with_loss_scale(in_float32(guard(chain) if guard else chain), loss_scale)
 
 
 def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -212,7 +227,7 @@ def recipe(
 
     Transformers: AdamW, larger decay, longer warm-up, smaller rate, clipping. Small convolutional nets:
     SGD with momentum. `RECIPES[name]` shows each setting and its evidence; keyword arguments replace
-    settings (`learning_rate`, `warmup`, `clip`, `ema`, and those of `adamw` or `sgd`).
+    settings (`learning_rate`, `warmup`, `clip`, `guard`, `cap`, `ema`, and those of `adamw` or `sgd`).
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe {name!r}: choose one of {', '.join(RECIPES)}.")

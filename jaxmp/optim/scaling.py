@@ -70,11 +70,8 @@ def with_loss_scale(
             extra_args["value"] = value
         new_updates, new_inner = inner.update(unscaled, state.inner_state, params, **extra_args)
         adjusted = state.loss_scale.adjust(finite)
-        # Behind a barrier, or the compiler makes one array of it and of any other zeros of that shape
-        # (an embedding's gradient starts as such), and the update reads that from memory.
-        zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.float32))
         return (
-            jax.tree.map(lambda u: jnp.where(applied, u, zero.astype(u.dtype)), new_updates),
+            zero_unless(applied, new_updates),
             LossScaleState(
                 loss_scale=trees.select_tree(forward_finite, adjusted, state.loss_scale),
                 skipped=state.skipped + jnp.int32(~applied),
@@ -84,6 +81,14 @@ def with_loss_scale(
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def zero_unless(applied: jax.Array, updates: Any) -> Any:
+    """The updates where a step is applied, else zeros."""
+    # Behind a barrier, or the compiler makes one array of it and of any other zeros of that shape
+    # (an embedding's gradient starts as such), and the update reads that from memory.
+    zero = jax.lax.optimization_barrier(jnp.zeros([], jnp.float32))
+    return jax.tree.map(lambda u: jnp.where(applied, u, zero.astype(u.dtype)), updates)
 
 
 def is_loss_scale_state(node: Any) -> bool:
