@@ -75,9 +75,7 @@ def convolution_norm(
     rows, columns = image[0] // stride, image[1] // stride
     spectrum = jnp.fft.fft2(kernel.astype(F.wide_dtype(kernel.dtype)), s=image, axes=(0, 1))
     # Axes: aliases and frequencies, vertical then horizontal; channels; groups; features of a group.
-    spectrum = spectrum.reshape(
-        stride, rows, stride, columns, channels, groups, features // groups
-    )
+    spectrum = spectrum.reshape(stride, rows, stride, columns, channels, groups, features // groups)
     matrices = jnp.transpose(spectrum, (1, 3, 5, 0, 2, 4, 6)).reshape(
         rows, columns, groups, stride * stride * channels, features // groups
     )

@@ -18,7 +18,7 @@ import platform
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -90,23 +90,28 @@ def parse(arguments: Sequence[str], usage: str = USAGE) -> tuple[Config, str]:
     return config, pathlib.Path(path).stem
 
 
-def split_options(
-    arguments: Sequence[str], defaults: Mapping[str, str]
-) -> tuple[dict[str, str], list[str]]:
-    """A program's own options, `--name VALUE` or `--name=VALUE`, and the arguments that remain."""
-    values, rest, remaining = dict(defaults), [], iter(arguments)
-    for argument in remaining:
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in defaults:
-            rest.append(argument)
-            continue
-        value = value if equals else next(remaining, "")
-        if not value or value.startswith("--"):
-            raise ConfigError(
-                f"--{name} lacks a value; write --{name} {defaults[name] or 'VALUE'}."
-            )
-        values[name] = value
-    return values, rest
+def take(arguments: Sequence[str], option: str) -> tuple[list[str] | None, list[str]]:
+    """(the words behind a program's own option, None without it; the other arguments)."""
+    words = [
+        part
+        for argument in arguments
+        for part in (argument.split("=", 1) if argument.startswith(option + "=") else [argument])
+    ]
+    if option not in words:
+        return None, list(arguments)
+    start = words.index(option)
+    behind = range(start + 1, len(words))
+    end = next((i for i in behind if words[i].startswith("--")), len(words))
+    return words[start + 1 : end], words[:start] + words[end:]
+
+
+def take_one(arguments: Sequence[str], option: str, default: str) -> tuple[str, list[str]]:
+    """(the value of a program's own option, the other arguments). Raises ConfigError."""
+    words, rest = take(arguments, option)
+    if words is not None and len(words) != 1:
+        given = " ".join(words) or "none"
+        raise ConfigError(f"{option} takes one value, such as {default or 'FILE'}; given: {given}.")
+    return words[0] if words else default, rest
 
 
 def load(path: pathlib.Path) -> Config:

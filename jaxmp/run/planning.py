@@ -27,7 +27,6 @@ FLOPs, roofline and products. Exit code 0: it fits; 1: it does not.
   --json FILE       also write the plan as JSON
   plan.py configs/NAME.py --target tpu-v5e --batch_size 64 --accumulate 4"""
 
-_OPTIONS = {"target": "gpu-h100", "json": ""}
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
 
@@ -36,13 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
 
     def run() -> int:
-        options, rest = cli.split_options(arguments, _OPTIONS)
+        target, rest = cli.take_one(arguments, "--target", "gpu-h100")
+        file, rest = cli.take_one(rest, "--json", "")
         config, name = cli.parse(rest, USAGE)
-        found = estimate(config, options["target"])
+        found = estimate(config, target)
         print(f"{name}, policy {config.policy}, batch {config.batch_size}\n{found}")
-        if options["json"]:
-            where = pathlib.Path(options["json"])
-            where.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if file:
+            text = json.dumps(found.to_dict(), indent=1) + "\n"
+            pathlib.Path(file).write_text(text, encoding="utf-8")
         return 0 if found.fits else 1
 
     return cli.exit_code_of(run)

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmp.run import build, cli, loop, report, validate, workdir
+from jaxmp.diagnose import plots
+from jaxmp.run import build, cli, loop, validate, workdir
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
 
@@ -190,18 +191,16 @@ def draw(trials: Sequence[Trial], name: str, uniform: float) -> Any:
     percent = key == "accuracy"
     held_out = [[100 * v if percent else _below(v, 2 * uniform) for v in row[2]] for row in rows]
     for axes, values, color, title in (
-        (left, clipped, report.ACCENT, "Final training loss"),
-        (right, held_out, report.SECOND, f"Held-out {key}" + (", %" if percent else "")),
+        (left, clipped, plots.ACCENT, "Final training loss"),
+        (right, held_out, plots.SECOND, f"Held-out {key}" + (", %" if percent else "")),
     ):
         axes.plot(rates, [np.mean(v) for v in values], color=color, linewidth=1.6)
         for rate, of_seeds in zip(rates, values):
             axes.plot([rate] * len(of_seeds), of_seeds, "o", color=color, markersize=5, alpha=0.6)
         axes.set_xscale("log")
         axes.set_xlabel("learning rate")
-        axes.set_title(title, loc="left", fontsize=10.5)
-        axes.grid(True, color="#e3e8ee", linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.axhline(uniform, color=report.QUIET, linestyle="--", linewidth=1)
+        plots.style(axes, title)
+    left.axhline(uniform, color=plots.QUIET, linestyle="--", linewidth=1)
     left.text(min(rates), uniform, "uniform guess, and runs that broke", va="bottom", fontsize=8.5)
     if percent:
         right.set_ylim(0, 102)
@@ -217,51 +216,42 @@ def uniform_loss(config: Config) -> float:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Scans what the command line asks for; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if arguments else cli.EXIT_USAGE
-    try:
-        rates, arguments = _take("--rates", arguments, float)
-        seeds, arguments = _take("--seeds", arguments, int)
-        config, name = cli.parse(arguments)
+
+    def run() -> int:
+        rates, rest = _numbers(arguments, "--rates", float)
+        seeds, rest = _numbers(rest, "--seeds", int)
+        config, name = cli.parse(rest, USAGE)
         directory = pathlib.Path(config.workdir or f"runs/{name}-lr-scan").expanduser()
         workdir.prepare(directory)
-        rates = rates or [float(f"{config.optimizer.learning_rate * f:.2g}") for f in FACTORS]
         cli.use_compilation_cache()
         seen = lambda trial: print(
             f"rate {trial.rate:.3g} seed {trial.seed}: training loss {trial.loss:.4f}, "
             f"held out {loop.describe(trial.held_out)}",
             flush=True,
         )
-        trials = scan(config, rates, seeds or [config.seed, config.seed + 1], seen=seen)
-    except ConfigError as error:
-        print(f"error: {cli.shorten(str(error))}", file=sys.stderr)
-        return cli.EXIT_USAGE
-    except KeyboardInterrupt:
-        print("stopped; a scan does not resume.", file=sys.stderr)
-        return cli.EXIT_KILLED
-    write(directory, name, config, trials)
-    print(table(trials, uniform_loss(config)), f"\nwritten: {directory}/lr_scan.json and .png")
-    return 0
+        around = [float(f"{config.optimizer.learning_rate * f:.2g}") for f in FACTORS]
+        next_to = [config.seed, config.seed + 1]
+        trials = scan(config, rates or around, seeds or next_to, seen=seen)
+        write(directory, name, config, trials)
+        print(table(trials, uniform_loss(config)), f"\nwritten: {directory}/lr_scan.json and .png")
+        return 0
+
+    return cli.exit_code_of(run, "stopped; a scan does not resume.")
 
 
-def _take(option: str, arguments: list[str], kind: type) -> tuple[list[Any], list[str]]:
-    """(the values behind the option, the arguments without them). Raises ConfigError."""
-    if option not in arguments:
-        return [], arguments
-    start = arguments.index(option)
+def _numbers(arguments: Sequence[str], option: str, kind: type) -> tuple[list[Any], list[str]]:
+    """(the numbers behind an option, the arguments without them). Raises ConfigError."""
+    words, rest = cli.take(arguments, option)
+    if words == []:
+        raise ConfigError(f"{option} lacks its values; write {option} and one or more numbers.")
     values = []
-    for word in arguments[start + 1 :]:
-        if word.startswith("--"):
-            break
+    for word in words or []:
         try:
             values.append(kind(word))
         except ValueError:
             wanted = "numbers, such as 1e-3 3e-3" if kind is float else "whole numbers, such as 0 1"
             raise ConfigError(f"{option} cannot hold {word!r}; write {wanted}.") from None
-    if not values:
-        raise ConfigError(f"{option} lacks its values; write {option} and one or more numbers.")
-    return values, arguments[:start] + arguments[start + 1 + len(values) :]
+    return values, rest
 
 
 def _metric(trials: Sequence[Trial]) -> str:

@@ -245,7 +245,9 @@ class TestDropPath:
         dropped = ~exact(out).any((1, 2))
         assert 4 < dropped.sum() < 32
         kept = jnp.asarray(exact(x) / 0.75, dtype)[~dropped]
-        np.testing.assert_allclose(exact(out)[~dropped], exact(kept), rtol=float(jnp.finfo(dtype).eps))
+        np.testing.assert_allclose(
+            exact(out)[~dropped], exact(kept), rtol=float(jnp.finfo(dtype).eps)
+        )
 
     def test_the_mean_over_keys_is_the_input(self):
         x = jnp.ones((4096, 1))
@@ -311,7 +313,9 @@ class TestSigmaReparametrisation:
         out = lipschitz.sigma_reparametrise(kernel, self.gamma.astype(dtype), pair)
         assert {x.dtype for x in pair} == {jnp.dtype("float32")} and out.dtype == dtype
         norm = np.linalg.norm(exact(out), ord=2)
-        assert norm == pytest.approx(float(self.gamma.astype(dtype)), rel=float(jnp.finfo(dtype).eps))
+        assert norm == pytest.approx(
+            float(self.gamma.astype(dtype)), rel=float(jnp.finfo(dtype).eps)
+        )
 
 
 class TestSoftCap:

@@ -37,7 +37,7 @@ def test_accumulating_needs_less_memory_at_a_time():
     ("arguments", "words"),
     [
         ([MLP, "--target", "gpu-h1000"], ["--target", "gpu-h100"]),
-        ([MLP, "--target"], ["--target", "lacks a value"]),
+        ([MLP, "--target"], ["--target takes one value", "gpu-h100"]),
         ([MLP, "--target", "cpu", "--btch_size", "4"], ["--btch_size", "--batch_size"]),
         (["--target", "cpu"], ["usage: plan.py"]),
         (["configs/none.py"], ["does not exist"]),
