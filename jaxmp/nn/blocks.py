@@ -1,7 +1,7 @@
 """The blocks of a Linen model: what flows into each, and each as a function of that alone.
 
 Blocks are the modules called directly by the model whose first argument is a floating-point array
-and whose result is one: embeddings eat integers and are none. Instruments need no change of a
+and whose result is one: embeddings eat integers and are none, and dropout is none either. Instruments need no change of a
 model's source to look between its layers.
 """
 
@@ -88,7 +88,8 @@ def _intercepted(fn: Callable, look: _Look) -> Callable:
 
         def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
             path = context.module.path
-            is_block = len(path) == 1 and context.method_name == "__call__" and not running
+            is_call = len(path) == 1 and context.method_name == "__call__" and not running
+            is_block = is_call and not isinstance(context.module, nn.Dropout)
             if not (is_block and args and trees.is_floating(args[0])):
                 return next_fun(*args, **kwargs)
             count = calls[path[0]] = calls.get(path[0], -1) + 1

@@ -134,6 +134,11 @@ class Conv(nn.Module):
         return y.astype(x.dtype)
 
 
+ATTENTION = "attention"
+"""The collection in which instruments find {"query", "key", "causal"} of every layer: [B, T, N, H] twice,
+such that the logits are query key^T / sqrt(H), and a flag. Sown only where a caller makes it mutable."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention on x [B, T, D]: one product for query, key and value, one out.
 
@@ -159,6 +164,12 @@ class SelfAttention(nn.Module):
         )
         if self.qk_norm:
             q_BTNH, k_BTNH = lipschitz_layers.QKNorm(name="qk_norm")(q_BTNH, k_BTNH)
+        if self.is_mutable_collection(ATTENTION) and not self.is_initializing():
+            operands = lipschitz.cosine_operands if self.cosine else lambda q, k: (q, k)
+            query, key = operands(q_BTNH, k_BTNH)
+            self.sow(
+                ATTENTION, "seen", {"query": query, "key": key, "causal": jnp.array(self.causal)}
+            )
         # Parameters are made in float32 and maybe on another machine: cudnn can do neither.
         implementation = "xla" if self.is_initializing() else self.implementation
         attend = lipschitz.cosine_attention if self.cosine else F.attention

@@ -26,7 +26,7 @@ def init(
     model, which is called with `train=False` if it knows the word. Compiled, so nothing of the
     forward pass is computed.
     """
-    kwargs = {**_train_argument(model, False), **kwargs}
+    kwargs = {**train_argument(model, False), **kwargs}
     keys = _keys(rng, ("params", *rngs))
     variables = dict(jax.jit(lambda keys, inputs: model.init(keys, inputs, **kwargs))(keys, inputs))
     return variables.pop("params", {}), variables
@@ -83,7 +83,7 @@ def _loss_fn(
     policy: Policy | None,
     train: bool,
 ) -> LossFn:
-    kwargs = _train_argument(model, train)
+    kwargs = train_argument(model, train)
 
     def loss_fn(
         params: Any, batch: Mapping[str, Any], rng: Any = None, model_state: Any = None
@@ -108,7 +108,7 @@ def _keys(rng: Array, names: Sequence[str]) -> dict[str, Array]:
     return dict(zip(names, jax.random.split(rng, len(names)))) if names else {}
 
 
-def _train_argument(model: nn.Module, train: bool) -> dict[str, Any]:
+def train_argument(model: nn.Module, train: bool) -> dict[str, Any]:
     """The keyword argument by which this model is told whether it trains, if it has one."""
     parameters = inspect.signature(type(model).__call__).parameters
     if "train" in parameters:

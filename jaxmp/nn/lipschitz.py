@@ -78,11 +78,18 @@ def cosine_attention(
     paper states and its released code leaves out: without it the Jacobian at a zero token grows with
     the size of the others. Away from zero it is homogeneous of degree 0.
     """
-    query, key, value = (unit_rows(x, epsilon) for x in (query, key, value))
-    # `attention` divides the logits by sqrt(H).
-    query = query * jnp.asarray(tau * query.shape[-1] ** 0.5, query.dtype)
+    query, key = cosine_operands(query, key, tau=tau, epsilon=epsilon)
+    value = unit_rows(value, epsilon)
     mixed = F.attention(query, key, value, causal=causal, implementation=implementation)
     return mixed * jnp.asarray(nu, mixed.dtype)
+
+
+def cosine_operands(
+    query: Array, key: Array, *, tau: float = 10.0, epsilon: float = 1e-6
+) -> tuple[Array, Array]:
+    """Gives a query and a key with query key^T / sqrt(H) = tau * cosine: what `attention` then takes."""
+    query, key = unit_rows(query, epsilon), unit_rows(key, epsilon)
+    return query * jnp.asarray(tau * query.shape[-1] ** 0.5, query.dtype), key
 
 
 def qk_norm(

@@ -35,6 +35,10 @@ class Experiment:
     config: Config
     policy: Policy
     source: data.Source
+    model: Any
+    """The Linen module."""
+    loss: Callable[..., Any]
+    """`loss(params, batch, rng, model_state) -> (loss, aux)` of training, in the dtypes that it is given."""
     init: Callable[[], training.TrainState]
     """Gives the state before the first step."""
     step: Step
@@ -68,6 +72,8 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         config=config,
         policy=policy,
         source=source,
+        model=model,
+        loss=train_loss,
         init=init,
         step=logged_step(train_step, schedule, config.replicas),
         evaluate=_evaluation(training.make_eval_step(eval_loss, policy, autocast=config.autocast)),
