@@ -28,7 +28,7 @@ def accumulate(
     """
     if parts == 1:
         metrics, gradients, model_state = micro_step(batch, 0, model_state)
-        return metrics, trees.cast_floating(gradients, jnp.float32), model_state
+        return metrics, jax.tree.map(_widen_stored, gradients), model_state
 
     def body(carry: Any, micro: Any) -> Any:
         total, model_state = carry
@@ -46,6 +46,17 @@ def accumulate(
     mean = lambda m: jnp.mean(m.astype(jnp.promote_types(m.dtype, jnp.float32)), axis=0)
     gradients = jax.tree.map(lambda t: t / parts, total)
     return jax.tree.map(mean, metrics), gradients, model_state
+
+
+def _widen_stored(gradient: jax.Array) -> jax.Array:
+    """The gradient in float32, read from memory in the 16 bits that it was computed in.
+
+    Without the barrier XLA drops the rounding to 16 bits wherever it can and stores float32, which
+    the norm and the update then read; and from the kernels that it writes for products it reads a
+    gradient once for each of the norm's three sums.
+    """
+    narrow = trees.is_floating(gradient) and gradient.dtype.itemsize == 2
+    return trees.cast_leaf(jax.lax.optimization_barrier(gradient) if narrow else gradient, jnp.float32)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
