@@ -70,7 +70,7 @@ def test_it_moves_what_the_step_by_hand_moves(target, attention, dtype):
         pytest.skip("its float16 row is compared with bfloat16 below; a compilation takes a minute")
     by_hand = report(target, attention, f"hand {dtype}")
     by_jaxmp = report(target, attention, f"jaxmp {dtype}")
-    assert by_jaxmp.bytes_accessed <= 1.02 * by_hand.bytes_accessed
+    assert by_jaxmp.bytes_accessed <= 1.01 * by_hand.bytes_accessed
     # The compiler's own count, where it has one, also sees on-chip copies.
     assert (by_jaxmp.compiler_bytes or 0) <= 1.02 * (by_hand.compiler_bytes or 0)
     assert by_jaxmp.temporary_bytes <= 1.02 * by_hand.temporary_bytes
@@ -80,14 +80,18 @@ def test_it_moves_what_the_step_by_hand_moves(target, attention, dtype):
 def test_scaling_the_loss_moves_nothing_more(target, attention):
     scaled = report(target, attention, "jaxmp float16")
     plain = report(target, attention, "jaxmp bfloat16")
-    assert scaled.bytes_accessed == pytest.approx(plain.bytes_accessed, rel=0.005)
+    assert scaled.bytes_accessed == pytest.approx(plain.bytes_accessed, rel=0.001)
     assert scaled.temporary_bytes <= 1.005 * plain.temporary_bytes
 
 
-def test_all_of_float16_costs_little_beside_a_bare_bfloat16_step():
+@pytest.mark.parametrize("attention", ["xla", "cudnn"])
+def test_all_of_float16_costs_little_beside_a_bare_bfloat16_step(attention):
     # Scaling, check, clip and skip against none of them. What is left is the pass over the gradients
-    # that any clipping needs; at GPT-2's size and 32 x 1024 tokens it is small.
+    # that any clipping needs, 4 bytes a parameter, whatever the batch: at 32 x 1024 tokens 0.18% with
+    # XLA's attention and 0.36% with cuDNN's; at 8 x 1024, 0.76% and 1.5%.
     size = ("gpt-124m", 32)
-    bare = report("gpu-h100", "xla", "hand bfloat16, no clip, no check", *size)
-    scaled = report("gpu-h100", "xla", "jaxmp float16", *size)
+    bare = report("gpu-h100", attention, "hand bfloat16, no clip, no check", *size)
+    scaled = report("gpu-h100", attention, "jaxmp float16", *size)
     assert scaled.bytes_accessed == pytest.approx(bare.bytes_accessed, rel=0.005)
+    clipped = report("gpu-h100", attention, "hand bfloat16", *size)
+    assert scaled.bytes_accessed == pytest.approx(clipped.bytes_accessed, rel=0.002)
