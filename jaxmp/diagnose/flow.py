@@ -167,16 +167,17 @@ def gradient_flow(
     if params is None:
         return flow
     weights = _by_module(params, levels, stacked)
+    weight_norm = _norms(weights)
     epsilon = lambda part: formats.format_of(part.dtype).epsilon
     flow = dataclasses.replace(
         flow,
         dtypes=tuple(str(max(module, key=epsilon).dtype) for module in weights.values()),
-        weight_norm=_norms(weights),
+        weight_norm=weight_norm,
     )
     if updates is None:
         return flow
     update_norm = _norms(_by_module(updates, levels, stacked))
-    ratio = jnp.where(update_norm == 0, 0, update_norm / flow.weight_norm)
+    ratio = jnp.where(update_norm == 0, 0, update_norm / weight_norm)
     return dataclasses.replace(flow, update_ratio=ratio)
 
 

@@ -98,8 +98,8 @@ def lipschitz(
         sup over small d of |fn(x + d) - fn(x)| / |d|
 
     It is found by `steps` steps of Lanczos (Golub-Kahan, fully re-orthogonalised), each one product
-    with J and one with its transpose, and is a lower bound: with the default usually within 1%, less
-    where several singular values crowd at the top.
+    with J and one with its transpose, and is a lower bound: with the default mostly within 1% of a
+    random matrix's, seldom 2% below; more steps where several singular values crowd at the top.
 
     Args:
       fn: any function of one pytree that reverse mode can differentiate, `custom_vjp` included.
@@ -343,9 +343,10 @@ def _new_direction(x: Array, basis: Array) -> tuple[Array, Array]:
     for _ in range(2):
         x = x - _dot(_dot(basis, x), basis)
     rest = _norm(x)
-    # Below this only rounding is left: the space is exhausted, and zeros end the recurrence.
-    rest = jnp.where(rest > 8 * jnp.finfo(x.dtype).eps, rest, 0)
-    return jnp.where(rest > 0, x / jnp.where(rest > 0, rest, 1), 0), size * rest
+    # Only rounding is left: the space is exhausted, and a zero ends the recurrence. NaN goes on.
+    exhausted = rest <= 8 * jnp.finfo(x.dtype).eps
+    direction = jnp.where(exhausted, 0, x / jnp.where(exhausted, 1, rest))
+    return direction, jnp.where(exhausted, 0, size * rest)
 
 
 def _hutchinson(jacobian: _Jacobian, probes: int, key: Array | None) -> tuple[Array, Array]:
