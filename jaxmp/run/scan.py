@@ -77,8 +77,12 @@ def scan(
     if not rates or not seeds:
         raise ConfigError("a scan needs at least one of --rates and one of --seeds.")
     for rate in rates:
-        validate.check(_at(config, rate, seeds[0]))
-    parts = {seed: _with_rate(build.build(_at(config, rates[0], seed))) for seed in seeds}
+        if not math.isfinite(rate):
+            raise ConfigError(f"--rates must be finite and above 0, got {rate}.")
+        validate.check(at(config, rate, seeds[0]))
+    for seed in seeds:
+        validate.check(at(config, rates[0], seed))
+    parts = {seed: with_rate(build.build(at(config, rates[0], seed))) for seed in seeds}
     _, step = build.compile_step(parts[seeds[0]])  # a seed is data, not program
     evaluate = jax.jit(parts[seeds[0]].evaluate)
     inits = {seed: jax.jit(parts[seed].init) for seed in seeds}
@@ -92,18 +96,18 @@ def scan(
     return trials
 
 
-def _at(config: Config, rate: Any, seed: int) -> Config:
+def at(config: Config, rate: Any, seed: int) -> Config:
     """The config at another rate and seed."""
     optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
     return dataclasses.replace(config, optimizer=optimizer, seed=seed)
 
 
-def _with_rate(parts: build.Experiment) -> build.Experiment:
+def with_rate(parts: build.Experiment) -> build.Experiment:
     """The experiment with the pair (learning rate, state) for its state."""
 
     def step(carry: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         rate, state = carry
-        at_rate = build.build(_at(parts.config, rate, parts.config.seed), parts.source)
+        at_rate = build.build(at(parts.config, rate, parts.config.seed), parts.source)
         state, metrics = at_rate.step(state, batch)
         return (rate, state), metrics
 
@@ -198,6 +202,8 @@ def draw(trials: Sequence[Trial], name: str, uniform: float) -> Any:
         for rate, of_seeds in zip(rates, values):
             axes.plot([rate] * len(of_seeds), of_seeds, "o", color=color, markersize=5, alpha=0.6)
         axes.set_xscale("log")
+        axes.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+        axes.minorticks_off()
         axes.set_xlabel("learning rate")
         plots.style(axes, title)
     left.axhline(uniform, color=plots.QUIET, linestyle="--", linewidth=1)

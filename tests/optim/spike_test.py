@@ -19,7 +19,7 @@ from jaxmp.nn import functional as F
 from jaxmp.run import data
 
 LAYERS = (64, 96, 96, 96, 10)
-STEPS, BATCH, BAD, SEEDS = 400, 64, 150, 2
+STEPS, BATCH, BAD, SEEDS = 400, 128, 150, 2
 HISTORIES = ("clean", "one", "five", "nan")
 
 
@@ -83,8 +83,7 @@ def experiment(x, y):
 
     def body(carry, inputs):
         params, states = carry
-        step, factor = inputs
-        rows = jax.random.randint(jax.random.key(step), (SEEDS, BATCH), 0, len(y))
+        rows, factor = inputs
         of_seed = jax.vmap(jax.value_and_grad(loss_of))
         of_history = jax.vmap(of_seed, (0, None, None))
         losses, grads = jax.vmap(of_history, (0, None, None))(params, x[rows], y[rows])
@@ -96,7 +95,8 @@ def experiment(x, y):
         updates = jax.tree.map(lambda *u: jnp.stack(u), *[u for u, _ in moved])
         return (optax.apply_updates(params, updates), [s for _, s in moved]), losses
 
-    (params, _), losses = jax.lax.scan(body, (params, states), (jnp.arange(STEPS), factors().T))
+    rows = np.random.default_rng(0).integers(len(y), size=(STEPS, SEEDS, BATCH))
+    (params, _), losses = jax.lax.scan(body, (params, states), (jnp.asarray(rows), factors().T))
     final = jax.vmap(over_lanes(lambda p: loss_of(p, x, y)))(params)
     return final, losses
 
