@@ -1,4 +1,4 @@
-"""The loss-scaling experiment: what float16 loses at a global batch of 2^26, bit by bit, and what scaling keeps."""
+"""The loss-scaling experiment: at a global batch of 2^26 plain float16 moves no bit, scaled it keeps up."""
 
 import functools
 import importlib
@@ -29,7 +29,7 @@ def test_float16_needs_its_scale_and_with_it_equals_float32():
     assert plain["accuracy"][1] < 0.2
     # At 2^20 nine in ten cotangents are lost, and Adam still makes up for it.
     assert plain["moved"][0] > 0.5 and 0 < plain["nonzero"][0] < 0.2
-    np.testing.assert_allclose(scaled["accuracy"], float32["accuracy"][0], atol=0.005)
+    np.testing.assert_allclose(scaled["accuracy"], float32["accuracy"].repeat(2, 0), atol=0.005)
     assert np.all(scaled["nonzero"] > 0.25)
     assert float32["nonzero"][0] > 0.99
 
