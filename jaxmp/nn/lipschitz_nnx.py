@@ -14,6 +14,8 @@ from jax.nn.initializers import Initializer
 from jaxmp.nn import functional as F
 from jaxmp.nn import lipschitz
 
+XAVIER, LECUN = nnx.initializers.xavier_uniform(), nnx.initializers.lecun_normal()
+
 
 class CenterNorm(nnx.Module):
     """Subtracts the mean over the last axis, with learned scale and bias: `lipschitz.center_norm`."""
@@ -61,7 +63,7 @@ class CosineSelfAttention(nnx.Module):
         causal: bool = False,
         tau: float = 10.0,
         epsilon: float = 1e-6,
-        kernel_init: Initializer = nnx.initializers.xavier_uniform(),
+        kernel_init: Initializer = XAVIER,
         rngs: nnx.Rngs,
     ) -> None:
         if features % heads:
@@ -118,7 +120,7 @@ class SigmaLinear(nnx.Module):
         in_features: int,
         out_features: int,
         *,
-        kernel_init: Initializer = nnx.initializers.lecun_normal(),
+        kernel_init: Initializer = LECUN,
         rngs: nnx.Rngs,
     ) -> None:
         kernel = kernel_init(rngs.params(), (in_features, out_features), jnp.float32)

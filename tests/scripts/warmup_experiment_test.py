@@ -1,0 +1,51 @@
+"""Without warm-up at a rate of 1e-2 post-LN fails, and three remedies hold: two blocks, and warm-up."""
+
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))
+experiment = importlib.import_module("warmup_experiment")
+
+
+def accuracies(model, warmups):
+    runs = [(1e-2, warmup, seed) for warmup in warmups for seed in (0, 1, 2)]
+    found = [
+        figures["accuracy"] for figures in experiment.train_all(experiment.MODELS[model], runs)
+    ]
+    return [found[i : i + 3] for i in range(0, len(found), 3)]
+
+
+@pytest.mark.slow
+def test_post_ln_stays_at_chance_without_warmup_and_warmup_rescues_it():
+    without, with_warmup = accuracies("post-LN", (0, 60))
+    assert max(without) <= 0.15
+    assert min(with_warmup) >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ("weighted residual", "LipsFormer"))
+def test_bounded_blocks_need_no_warmup(model):
+    (without,) = accuracies(model, (0,))
+    assert min(without) >= 0.85
+
+
+def test_the_command_writes_a_table_a_figure_and_the_figures(tmp_path, monkeypatch):
+    constant = lambda config, runs, policy: [{"accuracy": rate * 10} for rate, _, _ in runs]
+    monkeypatch.setattr(experiment, "train_all", constant)
+    arguments = experiment.argparse.Namespace(
+        output=tmp_path / "out",
+        models=["post-LN", "LipsFormer"],
+        rates=[1e-3, 1e-2],
+        warmups=[0, 60],
+        seeds=[0, 1],
+        policy="float32",
+    )
+    experiment.main(arguments)
+    assert "| LipsFormer | 60 | 1.0 to 1.0 | 10.0 to 10.0 |" in (tmp_path / "out.md").read_text()
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 16
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
