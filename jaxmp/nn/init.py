@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import Array
 from jax.nn.initializers import Initializer, xavier_uniform
@@ -19,7 +21,7 @@ def spectral(
     image: tuple[int, int] = DEFAULT_IMAGE,
     stride: int = 1,
     groups: int = 1,
-) -> Initializer:
+) -> Callable[..., Array]:
     """Gives an initializer whose kernels are those of `initializer` divided by their operator norm.
 
     `initializer` is Xavier's uniform one by default. A kernel [D, F] is a matrix; a kernel
