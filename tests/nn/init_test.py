@@ -84,7 +84,8 @@ def test_matrices_start_with_norm_1_in_the_dtype_asked_for(dtype):
     kernel = init.spectral(base)(jax.random.key(0), (24, 40), dtype)
     assert kernel.dtype == dtype
     norm = np.linalg.norm(np.asarray(kernel).astype(np.float64), ord=2)
-    assert norm == pytest.approx(1, rel=float(jnp.finfo(dtype).eps))
+    of_svd = 24 * float(jnp.finfo("float32").eps)  # in float32, with 24 singular values
+    assert norm == pytest.approx(1, rel=max(float(jnp.finfo(dtype).eps), of_svd))
     plain = base(jax.random.key(0), (24, 40), jnp.float32)
     np.testing.assert_allclose(
         np.asarray(kernel).astype(np.float64) * np.linalg.norm(plain, ord=2),

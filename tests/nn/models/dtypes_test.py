@@ -13,6 +13,11 @@ MODELS = {
     "mlp": (models.MLP(models.MLPConfig(dropout=0.1)), IMAGES),
     "vit": (models.VisionTransformer(models.ViTConfig(depth=2, dropout=0.1)), IMAGES),
     "vit_class_token": (models.VisionTransformer(models.ViTConfig(pool="class_token")), IMAGES),
+    **{
+        f"vit_{block}": (models.VisionTransformer(models.ViTConfig(depth=2, block=block)), IMAGES)
+        for block in ("post_ln", "weighted", "lipsformer")
+    },
+    "gpt_qk_norm": (models.GPT(models.GPTConfig(depth=2, qk_norm=True)), TOKENS),
     "resnet": (models.ResNet(models.ResNetConfig()), IMAGES),
     "resnet_bottleneck": (
         models.ResNet(models.ResNetConfig(block="bottleneck", stem="imagenet")),

@@ -67,9 +67,23 @@ def test_the_untrained_model_predicts_all_classes_alike():
     np.testing.assert_array_equal(VisionTransformer(SMALL).apply({"params": params}, IMAGES), 0)
 
 
+def test_spectral_init_gives_every_kernel_before_the_head_the_norm_1():
+    config = dataclasses.replace(SMALL, spectral_init=True)
+    params, _ = linen.init(VisionTransformer(config), jax.random.key(0), IMAGES)
+    del params["head"]
+    kernels = [p for path, p in jax.tree.leaves_with_path(params) if path[-1].key == "kernel"]
+    assert len(kernels) == 1 + 4 * SMALL.depth
+    for kernel in kernels:
+        assert np.linalg.norm(kernel, ord=2) == pytest.approx(1, rel=1e-5)
+
+
 def test_wrong_settings_are_named():
     with pytest.raises(ValueError, match="'max' is unknown; choose one of mean, class_token"):
         dataclasses.replace(SMALL, pool="max")
+    with pytest.raises(ValueError, match="block 'ln' is unknown; choose one of pre_ln, post_ln"):
+        dataclasses.replace(SMALL, block="ln")
+    with pytest.raises(ValueError, match=r"drop_path 1.0 is not in \[0, 1\); 0 switches it off"):
+        dataclasses.replace(SMALL, drop_path=1.0)
     with pytest.raises(ValueError, match="6x8 pixels cannot be cut into patches of 4"):
         linen.init(
             VisionTransformer(dataclasses.replace(SMALL, patch=4)), jax.random.key(0), IMAGES
