@@ -2,15 +2,19 @@
 
     python scripts/warmup_experiment.py --output warmup_experiment
 
-A vision transformer of six blocks (width 32, 4 heads, 16 patches of 2x2 pixels; 79,000 parameters) is
+A vision transformer of six blocks (width 32, 4 heads, 16 patches of 2x2 pixels; 77,000 parameters) is
 trained for 180 steps of 96 digits with AdamW (b1 0.9, b2 0.98, decay 0.05), a cosine schedule and no
 clipping, and tested on 297 digits by other writers: post-LN, pre-LN, pre-LN with a residual weighted by
 1/depth, and LipsFormer (arXiv 2304.09856), which was made to train without warm-up. Writes OUTPUT.png,
 OUTPUT.json and the table OUTPUT.md.
 
-Expected: without warm-up at 1e-2 post-LN stays at chance, the weighted residual and LipsFormer reach
-85% or more. With 60 steps of warm-up post-LN trains as well as they do. Warm-up is thus no less a remedy
-than the architecture: what the architecture removes is the need.
+14 minutes on two CPU cores, all seeds and rates of a model in one compiled program.
+
+Expected, over three seeds: without warm-up at 1e-2 post-LN stays at chance (10%), pre-LN reaches 77 to 90%,
+the weighted residual 92 to 93%, LipsFormer 86 to 93%. 60 steps of warm-up take post-LN to 85 to 87%, and
+at 3e-2 LipsFormer from 29 to 81% to 90 to 93%, its best. So warm-up is no less a remedy than the
+architecture, which removes the need at 1e-2 and profits from it, too, at a larger rate.
+At 1e-3 both bounded models learn more slowly than the others.
 
 Positions start at a deviation of 0.5: with the usual 0.02 the blank patches of a digit are tokens of that
 size, which LayerNorm stretches fifty times.
@@ -141,8 +145,10 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
         axis.set(xscale="log", ylim=(0, 100), xlabel="peak learning rate")
         axis.set_title(f"{warmup} steps of warm-up" if warmup else "no warm-up")
     axes[0, 0].set_ylabel("test accuracy, % (band: all seeds)")
-    axes[0, 0].legend(loc="lower left")
-    figure.suptitle("At 1e-2 post-LN needs warm-up; a weighted residual or LipsFormer does not")
+    axes[0, -1].legend(loc="lower left")
+    figure.suptitle(
+        "At 1e-2 a weighted residual and LipsFormer need no warm-up; with it, post-LN trains too"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
