@@ -56,7 +56,8 @@ def _widen_stored(gradient: jax.Array) -> jax.Array:
     gradient once for each of the norm's three sums.
     """
     narrow = trees.is_floating(gradient) and gradient.dtype.itemsize == 2
-    return trees.cast_leaf(jax.lax.optimization_barrier(gradient) if narrow else gradient, jnp.float32)
+    stored = jax.lax.optimization_barrier(gradient) if narrow else gradient
+    return trees.cast_leaf(stored, jnp.float32)
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
