@@ -1,0 +1,278 @@
+"""Compares `grad(autocast(model))` with the same model's native bfloat16: `python scripts/bench_autocast.py`.
+
+The models are those of `autocast_zoo.py`: their source in float32 under autocast, against the same
+source with `dtype=bfloat16` passed to every module. Parameters and gradients are float32 in both.
+
+    python scripts/bench_autocast.py --target gpu-h100         # compiled, not run: bytes, memory, products
+    python scripts/bench_autocast.py --error                   # of loss and gradient against float32
+    python scripts/bench_autocast.py --train                   # 200 steps, spread over seeds
+    python scripts/bench_autocast.py --time                    # tracing, and paired steps on this machine
+
+Names of models choose among them. `--target` uses the size LARGE, all else SMALL. A CPU emulates
+16-bit arithmetic in part: its times say what autocast adds to a step, never what 16 bits gain.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import json
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import autocast_zoo as zoo
+
+from jaxmp.plan import compile as plan
+from jaxmp.plan import targets
+from jaxmp.precision.autocast import autocast
+from jaxmp.run import data
+
+LOW = jnp.bfloat16
+RATE = 2e-3
+WAYS = ("float32", "native", "autocast")
+
+
+def loss_of(name: str, way: str, size: zoo.Size) -> Callable:
+    """The loss `(params, state, batch, key) -> (loss, state)` of a model in one of the WAYS."""
+    model = zoo.ZOO[name].build(size, LOW if way == "native" else None)
+    return autocast(model.loss, LOW.dtype.name) if way == "autocast" else model.loss
+
+
+def gradient_of(name: str, way: str, size: zoo.Size) -> Callable:
+    """`(params, state, batch, key) -> ((loss, state), gradients)`."""
+    return jax.value_and_grad(loss_of(name, way, size), has_aux=True)
+
+
+# --- compiled for an absent machine -------------------------------------------------------------
+
+
+def compiled(name: str, way: str, target: str, size: zoo.Size = zoo.LARGE) -> plan.Compiled:
+    """What forward and backward cost on a target."""
+    gradient = gradient_of(name, way, size)
+
+    def step(variables: Any, batch: Any) -> Any:
+        (loss, state), gradients = gradient(*variables, batch["data"], jax.random.key(batch["seed"]))
+        return (gradients, state), loss
+
+    entry = zoo.ZOO[name]
+    variables = jax.eval_shape(entry.build(size, None).init, jax.random.key(0))
+    batch = {"data": size.random_batch(entry.kind), "seed": np.uint32(0)}
+    return plan.compile_for(step, variables, batch, target)
+
+
+def compile_row(name: str, target: str) -> dict[str, Any]:
+    """Bytes moved, temporaries and float32 products of both, and their ratios."""
+    row: dict[str, Any] = {"model": name}
+    reports = {way: compiled(name, way, target) for way in ("native", "autocast")}
+    native, ours = reports["native"], reports["autocast"]
+    row["GB"] = ours.bytes_accessed / 1e9
+    row["bytes"] = ours.bytes_accessed / native.bytes_accessed
+    if native.compiler_bytes:
+        row["compiler bytes"] = (ours.compiler_bytes or 0) / native.compiler_bytes
+        row["compiler FLOPs"] = (ours.compiler_flops or 0) / (native.compiler_flops or 1)
+    row["temporary"] = ours.temporary_bytes / native.temporary_bytes
+    row["float32 products"] = len(ours.wide_products)
+    row["native's"] = len(native.wide_products)
+    return row
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def relative(found: Any, expected: Any) -> float:
+    """The distance of two trees relative to the second one's norm, in float64."""
+    pairs = [
+        (np.asarray(a, np.float64), np.asarray(b, np.float64))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    ]
+    error = sum(np.sum((a - b) ** 2) for a, b in pairs)
+    return float(np.sqrt(error / sum(np.sum(b**2) for _, b in pairs)))
+
+
+def error_row(name: str, draws: int = 8) -> dict[str, Any]:
+    """Root mean square errors of loss and gradient against float32, over initialisations and data."""
+    entry, size = zoo.ZOO[name], zoo.SMALL
+    gradients = {way: jax.jit(gradient_of(name, way, size)) for way in WAYS}
+    init = jax.jit(entry.build(size, None).init)
+    batch_at = source(entry.kind, size)
+    errors: dict[str, list] = {way: [] for way in WAYS}
+    for draw in range(draws):
+        params, state = init(jax.random.key(draw))
+        args = (params, state, batch_at(draw), jax.random.key(draw))
+        (exact, _), exact_gradient = gradients["float32"](*args)
+        for way in WAYS[1:]:
+            (loss, _), gradient = gradients[way](*args)
+            errors[way].append((float(loss / exact - 1), relative(gradient, exact_gradient)))
+    row: dict[str, Any] = {"model": name}
+    for i, what in enumerate(("loss", "gradient")):
+        rms = {way: float(np.sqrt(np.mean(np.square(errors[way]), 0)[i])) for way in WAYS[1:]}
+        row |= {f"{what} {way}": rms[way] for way in WAYS[1:]}
+        row[f"{what} ratio"] = rms["autocast"] / rms["native"]
+    return row
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@functools.cache
+def source(kind: str, size: zoo.Size) -> Callable[[int], dict[str, Any]]:
+    """step -> a batch of the plays or of the digits."""
+    if kind == "text":
+        config: Any = data.TextConfig(sequence_length=size.length)
+        batch_at = data.load(config, size.batch, 0).batch_at
+
+        def text(step: int) -> dict[str, Any]:
+            batch = batch_at(step)
+            return {"tokens": np.concatenate([batch["inputs"], batch["targets"][:, -1:]], 1)}
+
+        return text
+    batch_at = data.load(data.DigitsConfig(), size.batch, 0).batch_at
+
+    def images(step: int) -> dict[str, Any]:
+        batch = batch_at(step)
+        return {"images": batch["inputs"], "labels": batch["targets"]}
+
+    return images
+
+
+def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
+    """The mean training loss of the last quarter of a run by AdamW, for each seed."""
+    entry, size = zoo.ZOO[name], zoo.SMALL
+    gradient, tx = gradient_of(name, way, size), optax.adamw(RATE)
+    batch_at = source(entry.kind, size)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry: Any, batch: Any, key: Any) -> tuple[Any, jax.Array]:
+        params, state, moments = carry
+        (loss, state), gradients = gradient(params, state, batch, key)
+        updates, moments = tx.update(gradients, moments, params)
+        return (optax.apply_updates(params, updates), state, moments), loss
+
+    init = jax.jit(entry.build(size, None).init)
+    found = []
+    for seed in range(seeds):
+        params, state = init(jax.random.key(seed))
+        carry, trace = (params, state, tx.init(params)), []
+        for i in range(steps):
+            key = jax.random.fold_in(jax.random.key(seed), i)
+            carry, loss = step(carry, batch_at(seed * steps + i), key)
+            trace.append(loss)
+        found.append(np.mean(trace[-steps // 4 :]))
+    return np.array(found)
+
+
+def train_row(name: str, seeds: int = 4, steps: int = 200) -> dict[str, Any]:
+    """Final losses of float32 and autocast runs, and whether they lie within the seeds' spread."""
+    exact, ours = losses(name, "float32", seeds, steps), losses(name, "autocast", seeds, steps)
+    spread = exact.max() - exact.min()
+    return {
+        "model": name,
+        "float32": float(exact.mean()),
+        "autocast": float(ours.mean()),
+        "same seed": float(np.abs(ours - exact).max()),
+        "spread of seeds": float(spread),
+        "within": bool(np.abs(ours - exact).max() <= spread),
+    }
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def time_row(name: str, rounds: int = 20) -> dict[str, Any]:
+    """Tracing of autocast against tracing of the function, and steps against native's, paired."""
+    entry, size = zoo.ZOO[name], zoo.SMALL
+    params, state = jax.jit(entry.build(size, None).init)(jax.random.key(0))
+    args = (params, state, jax.device_put(source(entry.kind, size)(0)), jax.random.key(0))
+    traced: dict[str, list] = {way: [] for way in ("float32", "autocast")}
+    for _ in range(5):
+        for way, times in traced.items():
+            loss = loss_of(name, way, size)
+            jax.clear_caches()
+            started = time.perf_counter()
+            jax.make_jaxpr(loss)(*args)
+            times.append(time.perf_counter() - started)
+    steps = {way: jax.jit(gradient_of(name, way, size)) for way in ("native", "autocast")}
+    for step in steps.values():
+        jax.block_until_ready(step(*args))
+    ratios = []
+    for i in range(rounds):
+        took = {}
+        for way in sorted(steps, reverse=bool(i % 2)):
+            started = time.perf_counter()
+            jax.block_until_ready([steps[way](*args) for _ in range(3)])
+            took[way] = time.perf_counter() - started
+        ratios.append(took["autocast"] / took["native"])
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return {
+        "model": name,
+        "tracing": min(traced["autocast"]) / min(traced["float32"]),
+        "step": float(middle),
+        "quartiles": f"{low:.2f} to {high:.2f}",
+    }
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def missing(name: str) -> str | None:
+    """A sentence if the package that a model is from is not installed."""
+    package = zoo.ZOO[name].package
+    if package and importlib.util.find_spec(package) is None:
+        return f"{name} needs the package {package.replace('_', '-')}."
+    return None
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line for people."""
+    cells = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()]
+    return ", ".join(cells).replace("model ", "", 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("models", nargs="*", help=", ".join(zoo.ZOO))
+    parser.add_argument("--target", help="compile for this machine: gpu-h100, tpu-v5e, ...")
+    for flag in ("error", "train", "time"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.models if name not in zoo.ZOO]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is no model: they are {', '.join(zoo.ZOO)}.")
+    if options.target and (absent := targets.missing_wheel(options.target)):
+        parser.error(absent)
+    jobs: list[Callable[[str], dict]] = []
+    if options.target:
+        jobs.append(functools.partial(compile_row, target=options.target))
+    jobs += [job for flag, job in MODES.items() if getattr(options, flag)]
+    rows = []
+    for name in options.models or zoo.ZOO:
+        if absent := missing(name):
+            print(absent, file=sys.stderr)
+            continue
+        for job in jobs:
+            rows.append(job(name))
+            print(show(rows[-1]), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+MODES = {"error": error_row, "train": train_row, "time": time_row}
+
+if __name__ == "__main__":
+    sys.exit(main())
