@@ -35,6 +35,10 @@ class Demand(enum.IntFlag):
     """The caller gets it, or it plus something: a new weight, a running mean."""
     PERIODIC = 16
     """A sine or cosine: an angle of 16 bits would be wrong beyond 256."""
+    MAGNIFIED = 32
+    """A logarithm, a root or a denominator, which may blow a rounding up: the 1 of log(1 - tanh^2)."""
+    NUMERATOR = 64
+    """A division whose result a product uses: softmax."""
 
 
 NONE = Demand(0)
@@ -158,6 +162,8 @@ class Demands:
             back = PRODUCT
         elif kind is Kind.WIDEST:
             back = _through_arithmetic(eqn, demand, scalars)
+            if self.saturates(name, demand):
+                back = (back & ~Demand.FLOAT32) | Demand.LATER
         elif name == "convert_element_type":
             back = _through_cast(eqn, demand)
         elif kind is Kind.EACH and len(results) == len(eqn.invars):
@@ -165,10 +171,18 @@ class Demands:
         elif kind in (Kind.MOVES, Kind.EACH):
             back = demand
         else:
-            angle = Demand.PERIODIC if name in rules.PERIODIC else demand & Demand.PERIODIC
-            later = demand & Demand.LATER if name in rules.POOLS else NONE
-            back = Demand.FLOAT32 | angle | later
-        return [back] * len(eqn.invars)
+            back = _through_float32(name, demand)
+        backs = [back] * len(eqn.invars)
+        if name == "div" and kind is Kind.WIDEST and not _is_scalar(eqn.invars[1], scalars):
+            eaten = demand & Demand.EATEN and not demand & Demand.OUTPUT
+            backs[0] |= Demand.NUMERATOR if eaten else NONE
+            backs[1] |= Demand.MAGNIFIED
+        return backs
+
+    def saturates(self, name: str, demand: Demand) -> bool:
+        """Whether 16 bits hold the result of an activation that no product uses, as a cap of logits."""
+        exact = Demand.OUTPUT | Demand.MAGNIFIED | Demand.PERIODIC
+        return name in rules.SATURATES and not self.settings.narrow and not demand & exact
 
     def of_call(
         self, eqn: Any, call: programs.Call, results: list[Demand], scope: str
@@ -218,10 +232,25 @@ def _through_arithmetic(eqn: Any, demand: Demand, scalars: set) -> Demand:
         return NONE
     scales = name in rules.SCALES and any(_is_scalar(v, scalars) for v in eqn.invars)
     reaches = scales or name in rules.REACHES_THROUGH
-    back = demand if reaches else demand & ~Demand.EATEN
+    back = demand & ~Demand.NUMERATOR if reaches else demand & ~(Demand.EATEN | Demand.NUMERATOR)
     if demand & Demand.OUTPUT and not (scales or name in rules.ADDITIVE):
         back = (back & ~Demand.OUTPUT) | Demand.FLOAT32
     return back
+
+
+def _through_float32(name: str, demand: Demand) -> Demand:
+    """The demand of a float32 operation for its operands."""
+    back = Demand.FLOAT32 | demand & (Demand.PERIODIC | Demand.MAGNIFIED)
+    if name in rules.PERIODIC:
+        back |= Demand.PERIODIC
+    if name in rules.POOLS:
+        back |= demand & Demand.LATER
+    # An error in an exponent is one of the same size, relative, in the result.
+    return back & ~Demand.MAGNIFIED if name in rules.EXPONENTIALS else back | _magnified(name)
+
+
+def _magnified(name: str) -> Demand:
+    return Demand.MAGNIFIED if name in rules.MAGNIFIES else NONE
 
 
 def _through_cast(eqn: Any, demand: Demand) -> Demand:

@@ -145,6 +145,8 @@ class Planner:
             run, form = Form.LOW, Form.LOW if used_low else Form.FULL
         elif kind is Kind.FLOAT32:
             run, form = Form.FULL, _made(Form.FULL, demand)
+            if self.softmax_numerator(eqn.primitive.name, demand):
+                form = Form.LOW
         else:
             run, form, why = self._widest(eqn, kind, operands, demand, scope)
             reason = why or reason
@@ -153,6 +155,11 @@ class Planner:
         step.elementwise = kind is Kind.WIDEST
         step.heads = not demand & PRODUCT
         return step
+
+    def softmax_numerator(self, name: str, demand: Demand) -> bool:
+        """Whether an exponential is kept in 16 bits because what it is divided by, and eaten, is."""
+        divided = demand & Demand.NUMERATOR and not demand & Demand.OUTPUT
+        return bool(divided) and name in rules.EXPONENTIALS and not self.settings.narrow
 
     def _widest(
         self, eqn: Any, kind: Kind, operands: list[Form | None], demand: Demand, scope: str
@@ -167,7 +174,7 @@ class Planner:
             if Form.FREE in present and (demand & Demand.OUTPUT or name in rules.COMPARES):
                 return Form.FULL, Form.FULL, REASONS["master"]
             native = self.demands.override(scope) == self.settings.dtype
-            eaten = moves or native or demand & PRODUCT
+            eaten = moves or native or demand & PRODUCT or self.demands.saturates(name, demand)
             if not eaten and _is_awaited(eqn, operands, demand):
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""

@@ -139,6 +139,12 @@ SCALES = frozenset({"mul", "div"})
 # float16 overflows at 65504: powers stay in float32 there, while bfloat16 has float32's range.
 POWERS = frozenset({"square", "integer_pow"})
 PERIODIC = frozenset({"sin", "cos", "tan"})
+# A rounding of their operand can become an error of any size.
+MAGNIFIES = frozenset("log log1p log2 sqrt rsqrt cbrt pow atanh acosh erf_inv lgamma".split())
+# A rounding of their operand can't grow, and a rounding of the result is as small beside it.
+EXPONENTIALS = frozenset({"exp"})
+# Bounded and dear to compute twice: their 16-bit results are kept, as a cap of logits is.
+SATURATES = frozenset("tanh logistic erf".split())
 COMPARES = frozenset("eq ne lt le gt ge eq_to lt_to le_to is_finite".split())
 # Activations that are averaged on their way to a product are kept in 16 bits.
 POOLS = frozenset({"reduce_sum", "reduce_window_sum"})

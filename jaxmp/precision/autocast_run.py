@@ -11,7 +11,7 @@ import numpy as np
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
-from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind
+from jaxmp.precision.autocast_rules import EXPONENTIALS, TABLE, UNKNOWN, Kind
 
 _FLOAT32 = np.dtype("float32")
 
@@ -91,6 +91,8 @@ class Runner:
 
     def _bind(self, eqn: Any, step: Step, operands: list) -> list:
         name = eqn.primitive.name
+        if name in EXPONENTIALS and step.results[0] == Form.LOW:
+            return [_narrow_exponential(eqn, self.dtype, operands[0])]
         if TABLE.get(name, UNKNOWN).kind is not Kind.LOW:
             return programs.bind(eqn, operands)
         wide = eqn.outvars[0].aval.dtype
@@ -181,6 +183,21 @@ def _sums_16_bit_cotangents(x: jax.Array) -> jax.Array:
 @_sums_16_bit_cotangents.defjvp
 def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return primals[0], jax.lax.optimization_barrier(tangents[0])
+
+
+def _narrow_exponential(eqn: Any, dtype: np.dtype, x: jax.Array) -> jax.Array:
+    """An exponential computed in float32 and rounded; its derivative needs the rounded one alone."""
+
+    @jax.custom_jvp
+    def exponential(x: jax.Array) -> jax.Array:
+        return programs.convert(programs.bind(eqn, [x])[0], dtype)
+
+    @exponential.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        y = exponential(*primals)
+        return y, programs.convert(tangents[0] * programs.convert(y, _FLOAT32), dtype)
+
+    return exponential(x)
 
 
 def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:
