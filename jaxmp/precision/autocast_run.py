@@ -29,13 +29,21 @@ class Runner:
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.program.consts))
         values.update(zip(jaxpr.invars, args))
         widened: dict[Any, Any] = {}
+        exponentials: set[Any] = set()
         for eqn, step in zip(jaxpr.eqns, plan.steps):
             operands = [v.val if programs.is_literal(v) else values[v] for v in eqn.invars]
+            name = eqn.primitive.name
+            low = step.run == Form.FULL and step.results[:1] == [Form.LOW]
             with programs.location(eqn):
+                if low and name == "div" and eqn.invars[0] in exponentials:
+                    values[eqn.outvars[0]] = _narrow_quotient(eqn, self.dtype, *operands)
+                    continue
                 if step.run == Form.FULL or step.call is not None:
                     operands = self._widened(eqn, step, operands, widened)
                 results = self._step(eqn, step, operands)
             values.update(zip(eqn.outvars, results))
+            if low and name in EXPONENTIALS:
+                exponentials.add(eqn.outvars[0])
         outputs = [v.val if programs.is_literal(v) else values[v] for v in jaxpr.outvars]
         return [self.fit(x, form) for x, form in zip(outputs, plan.outputs)]
 
@@ -91,7 +99,7 @@ class Runner:
 
     def _bind(self, eqn: Any, step: Step, operands: list) -> list:
         name = eqn.primitive.name
-        if name in EXPONENTIALS and step.results[0] == Form.LOW:
+        if name in EXPONENTIALS and step.results == [Form.LOW]:
             return [_narrow_exponential(eqn, self.dtype, operands[0])]
         if TABLE.get(name, UNKNOWN).kind is not Kind.LOW:
             return programs.bind(eqn, operands)
@@ -195,9 +203,30 @@ def _narrow_exponential(eqn: Any, dtype: np.dtype, x: jax.Array) -> jax.Array:
     @exponential.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
         y = exponential(*primals)
-        return y, programs.convert(tangents[0] * programs.convert(y, _FLOAT32), dtype)
+        return y, programs.convert(tangents[0], dtype) * y
 
     return exponential(x)
+
+
+def _narrow_quotient(eqn: Any, dtype: np.dtype, above: jax.Array, below: jax.Array) -> jax.Array:
+    """A softmax's division in float32, rounded; its derivative needs the rounded one alone.
+
+    JAX's own would keep the numerator for the backward pass, in float32. The denominator's
+    tangent is repeated before it is cast, so that its cotangent is summed in float32.
+    """
+
+    @jax.custom_jvp
+    def quotient(above: jax.Array, below: jax.Array) -> jax.Array:
+        return programs.convert(programs.bind(eqn, [above.astype(_FLOAT32), below])[0], dtype)
+
+    @quotient.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        y, below = quotient(*primals), primals[1].astype(_FLOAT32)
+        first = tangents[0].astype(_FLOAT32) / below
+        second = jax.numpy.broadcast_to(tangents[1].astype(_FLOAT32) / below, y.shape)
+        return y, first.astype(dtype) - y * second.astype(dtype)
+
+    return quotient(above, below.astype(_FLOAT32))
 
 
 def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:
