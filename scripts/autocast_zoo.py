@@ -88,7 +88,9 @@ def linen_model(module: nn.Module, size: Size, kind: str) -> Model:
     inputs = lambda batch: batch["tokens"][:, :-1] if kind == "text" else batch["images"]
 
     def init(key: Any) -> tuple[Any, Any]:
-        variables = dict(module.init({"params": key, "dropout": key}, inputs(size.random_batch(kind))))
+        variables = dict(
+            module.init({"params": key, "dropout": key}, inputs(size.random_batch(kind)))
+        )
         return variables.pop("params"), variables
 
     def loss(params: Any, state: Any, batch: dict, key: Any) -> tuple[jax.Array, Any]:
@@ -227,7 +229,9 @@ class Gemma(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         size, dtype = self.size, self.dtype
-        embed = nn.Embed(size.vocab, size.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02))
+        embed = nn.Embed(
+            size.vocab, size.width, dtype=dtype, embedding_init=nn.initializers.normal(0.02)
+        )
         x = embed(tokens) * jnp.sqrt(size.width).astype(dtype or jnp.float32)
         x = stack(GemmaBlock, size.depth, False, False, x, size=size, dtype=dtype)
         logits = embed.attend(nn.RMSNorm(dtype=dtype)(x))
@@ -312,7 +316,7 @@ class CNN(nnx.Module):
         self.linear1 = nnx.Linear(pixels * width, 4 * width, dtype=dtype, rngs=rngs)
         self.linear2 = nnx.Linear(4 * width, size.classes, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, pool: Callable = nnx.max_pool) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = nnx.max_pool(nnx.relu(self.conv1(x)), (2, 2), (2, 2))
         x = nnx.avg_pool(nnx.relu(self.conv2(x)), (2, 2), (2, 2))
         return self.linear2(nnx.relu(self.linear1(x.reshape(x.shape[0], -1))))

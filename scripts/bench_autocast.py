@@ -19,7 +19,6 @@ import functools
 import importlib.util
 import json
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -64,7 +63,9 @@ def compiled(name: str, way: str, target: str, size: zoo.Size = zoo.LARGE) -> pl
     gradient = gradient_of(name, way, size)
 
     def step(variables: Any, batch: Any) -> Any:
-        (loss, state), gradients = gradient(*variables, batch["data"], jax.random.key(batch["seed"]))
+        (loss, state), gradients = gradient(
+            *variables, batch["data"], jax.random.key(batch["seed"])
+        )
         return (gradients, state), loss
 
     entry = zoo.ZOO[name]

@@ -1,0 +1,66 @@
+"""Autocast costs no more than the native bfloat16 model, on machines that are absent too."""
+
+import functools
+import importlib
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxmp.plan import targets
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@functools.cache
+def bench():
+    sys.path.insert(0, str(ROOT / "scripts"))
+    return importlib.import_module("bench_autocast")
+
+
+def residuals(name, way):
+    """Dtypes and shapes of what the scans of a model's gradient hand on."""
+    zoo = bench().zoo
+    entry = zoo.ZOO[name]
+    params, state = jax.eval_shape(entry.build(zoo.SMALL, None).init, jax.random.key(0))
+    gradient = bench().gradient_of(name, way, zoo.SMALL)
+    batch = zoo.SMALL.random_batch(entry.kind)
+    jaxpr = jax.make_jaxpr(gradient)(params, state, batch, jax.random.key(0)).jaxpr
+    scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
+    return sorted(str(v.aval) for v in scans[0].outvars)
+
+
+@pytest.mark.slow
+def test_a_scanned_stack_saves_what_the_native_one_saves():
+    size = lambda shapes, dtype: sum(shape.startswith(dtype) for shape in shapes)
+    ours, native = (residuals("pre-ln-scan", way) for way in ("autocast", "native"))
+    assert "float32[2,16,2,32,32]" not in ours  # attention weights
+    assert size(ours, "float32") <= size(native, "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vae", "vit-scan", "pre-ln-scan"])
+def test_it_moves_what_the_native_model_moves(name):
+    missing = targets.missing_wheel("gpu-h100")
+    if missing:
+        pytest.skip(missing)
+    row = bench().compile_row(name, "gpu-h100")
+    assert row["bytes"] <= 1.02
+    assert row["temporary"] <= 1.02
+    assert row["float32 products"] == 0
+
+
+def test_a_logarithm_sees_what_float32_gives():
+    autocast = bench().autocast
+    w = jnp.full((1, 1), 4.0)
+    squash = lambda x: jnp.log(1 - jnp.tanh(x @ w) ** 2 + 1e-6).sum()
+    x = jnp.ones((1, 1))
+    assert float(autocast(squash)(x)) == pytest.approx(float(squash(x)), rel=1e-3)
+
+
+def test_wrong_arguments_are_answered_in_a_sentence(capsys):
+    with pytest.raises(SystemExit):
+        bench().main(["gpt-huge"])
+    assert "gemma" in capsys.readouterr().err
