@@ -1,5 +1,8 @@
-"""One pure step."""
+"""One pure step, on one device or many."""
 
+from jaxmp.training.mesh import batch_sharding as batch_sharding
+from jaxmp.training.mesh import make_mesh as make_mesh
+from jaxmp.training.sharding import state_shardings as state_shardings
 from jaxmp.training.state import TrainState as TrainState
 from jaxmp.training.step import cast_inputs as cast_inputs
 from jaxmp.training.step import jit_step as jit_step

@@ -15,13 +15,14 @@ MicroStep = Callable[[Any, jax.Array | int, Any], tuple[Any, Any, Any]]
 
 
 def accumulate(
-    micro_step: MicroStep, batch: Any, model_state: Any, parts: int
+    micro_step: MicroStep, params: Any, batch: Any, model_state: Any, parts: int
 ) -> tuple[Any, Any, Any]:
     """Means over `parts` microbatches of the metrics and gradients, and the last model state.
 
     Gradients are summed in float32, so that 16-bit ones do not lose small terms, and one infinity in
     one microbatch shows in the result. The mean of means equals the mean over the batch when each
-    example weighs the same. `model_state` passes from one microbatch to the next.
+    example weighs the same. `model_state` passes from one microbatch to the next. `params` are what
+    the gradients are taken at: their shapes are all that is used.
 
     Raises:
       ValueError: the leading axis of a leaf of the batch is not divisible by `parts`.
@@ -38,9 +39,7 @@ def accumulate(
         return (jax.tree.map(add, total, gradients), model_state), metrics
 
     split = jax.tree.map(lambda x: _split(x, parts), batch)
-    first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(micro_step, first, 0, model_state)[1]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
     xs = (split, jnp.arange(parts))
     (total, model_state), metrics = jax.lax.scan(body, (zeros, model_state), xs)
     mean = lambda m: jnp.mean(m.astype(jnp.promote_types(m.dtype, jnp.float32)), axis=0)

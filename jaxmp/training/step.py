@@ -16,6 +16,8 @@ from jaxmp.optim import scaling
 from jaxmp.precision import autocast as autocasting
 from jaxmp.precision import policy as policies
 from jaxmp.training import accumulate as accumulation
+from jaxmp.training import exchange
+from jaxmp.training import mesh as meshes
 from jaxmp.training.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -34,6 +36,9 @@ def make_train_step(
     *,
     inputs: Sequence[str] | None = None,
     autocast: bool = False,
+    shardings: Any = None,
+    axis_name: exchange.AxisName | None = None,
+    reduce_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """A pure function `step(state, batch) -> (state, metrics)`; compile it with `jit_step`.
 
@@ -56,12 +61,19 @@ def make_train_step(
       autocast: decide operation by operation (see `jaxmp.autocast`) instead of casting parameters and
         inputs up front: for models written in float32 whose softmax, norms and losses should stay so.
         The policy's overrides are then patterns over places in the program.
+      shardings: for several devices, where the parameters lie: `state_shardings(...).params`. Each device
+        differentiates the loss of its own rows of the batch (`exchange.over_mesh`), as a microbatch
+        is: what a model computes across rows, such as the statistics of BatchNorm, is the device's own.
+      axis_name: for a step that is called inside `jax.shard_map` instead, the mesh axes that divide the
+        batch, the state being whole on each device (`exchange.over_axes`).
+      reduce_dtype: what gradients are in while devices sum them: "bfloat16" halves what is sent.
 
     The metrics are scalars: `loss` (without scale), `grad_norm` (without scale, before clipping),
     `loss_scale` (the one used in this step), `finite`, `skipped`, and those of `loss_fn`.
     """
     cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
-    gradients_of = _gradients_of(cast, call, accumulate)
+    across = _across(shardings, axis_name, reduce_dtype)
+    gradients_of = _gradients_of(cast, call, accumulate, across)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         scale_state = scaling.loss_scale_state_of(state.opt_state)
@@ -98,9 +110,21 @@ def make_train_step(
     return train_step
 
 
-def jit_step(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step compiled once, its state donated: the new state takes the old one's memory."""
-    return jax.jit(step, donate_argnums=0)
+def jit_step(step: Callable[..., Any], shardings: Any = None) -> Callable[..., Any]:
+    """The step compiled once, its state donated: the new state takes the old one's memory.
+
+    With the `shardings` of a state (`state_shardings`) it comes and goes laid out so, a batch is cut over
+    the mesh's axes `data` and `fsdp`, and the metrics are on every device.
+    """
+    if shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(shardings, meshes.batch_sharding(mesh)),
+        out_shardings=(shardings, meshes.replicated(mesh)),
+    )
 
 
 def make_eval_step(
@@ -132,6 +156,9 @@ def value_and_grad(
     accumulate: int = 1,
     inputs: Sequence[str] | None = None,
     autocast: bool = False,
+    shardings: Any = None,
+    axis_name: exchange.AxisName | None = None,
+    reduce_dtype: Any = jnp.float32,
 ) -> Callable[..., tuple[Any, Any]]:
     """`jax.value_and_grad` under a policy, for those who write their own step.
 
@@ -142,7 +169,8 @@ def value_and_grad(
     Arguments are those of `make_train_step`.
     """
     cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
-    gradients_of = _gradients_of(cast, call, accumulate)
+    across = _across(shardings, axis_name, reduce_dtype)
+    gradients_of = _gradients_of(cast, call, accumulate, across)
 
     def value_and_grad_fn(
         params: Any, batch: Any, rng: Any = None, model_state: Any = None, *, scale: Any = 1.0
@@ -197,21 +225,38 @@ def _cast_and_call(
     )
 
 
+def _across(
+    shardings: Any, axis_name: exchange.AxisName | None, reduce_dtype: Any
+) -> Callable[[exchange.Gradients], exchange.Gradients]:
+    """What makes one device's gradients those of all: nothing, a mesh's exchange, or `shard_map`'s."""
+    if shardings is not None and axis_name is not None:
+        raise ValueError(
+            "Both shardings and axis_name were given: pass shardings for a step compiled over a mesh, "
+            "or axis_name for one that is called inside jax.shard_map."
+        )
+    if shardings is not None:
+        return lambda gradients: exchange.over_mesh(gradients, shardings, reduce_dtype)
+    if axis_name is not None:
+        return lambda gradients: exchange.over_axes(gradients, axis_name, reduce_dtype)
+    return lambda gradients: gradients
+
+
 def _gradients_of(
-    cast: Callable[[Any, Any], tuple[Any, Any]], call: Callable[..., Any], parts: int
-) -> Callable[..., tuple[Metrics, Any, Any]]:
+    cast: Callable[[Any, Any], tuple[Any, Any]],
+    call: Callable[..., Any],
+    parts: int,
+    across: Callable[[exchange.Gradients], exchange.Gradients],
+) -> exchange.Gradients:
     """A function of `(params, batch, rng, model_state, scale)` giving metrics, gradients, model state.
 
     Gradients are taken at the cast parameters and widened afterwards, which is what
     differentiating through the cast does; so the cast is done once, not in every microbatch, and
-    what crosses devices before the widening is 16-bit.
+    what devices send each other is 16-bit.
     """
 
     def gradients_of(
-        params: Any, batch: Any, rng: Any, model_state: Any, scale: Any
+        compute_params: Any, batch: Any, rng: Any, model_state: Any, scale: Any
     ) -> tuple[Metrics, Any, Any]:
-        compute_params, cast_batch = cast(params, batch)
-
         def micro_step(micro: Any, index: Any, model_state: Any) -> tuple[Metrics, Any, Any]:
             key = rng if rng is None or parts == 1 else jax.random.fold_in(rng, index)
 
@@ -222,9 +267,10 @@ def _gradients_of(
             grads, (metrics, new_state) = jax.grad(scaled_loss, has_aux=True)(compute_params)
             return metrics, grads, new_state
 
-        return accumulation.accumulate(micro_step, cast_batch, model_state, parts)
+        return accumulation.accumulate(micro_step, compute_params, batch, model_state, parts)
 
-    return gradients_of
+    exchanged = across(gradients_of)
+    return lambda params, batch, *rest: exchanged(*cast(params, batch), *rest)
 
 
 def _normalised(loss_fn: LossFn) -> Callable[..., tuple[jax.Array, dict[str, Any], Any]]:
