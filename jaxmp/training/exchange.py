@@ -115,20 +115,16 @@ def gather(params: Any, shardings: Any) -> Any:
 def _only(axes: Sequence[str]) -> Callable[[Any], Any]:
     """A function that leaves, of what one dimension is cut over, these axes."""
 
-    def entry(names: Any) -> Any:
-        names = () if names is None else (names,) if isinstance(names, str) else tuple(names)
-        return tuple(name for name in names if name in axes) or None
-
-    return entry
+    return lambda entry: tuple(name for name in meshes.names_of(entry) if name in axes) or None
 
 
 def _reduce(grad: jax.Array, spec: PartitionSpec, axes: Sequence[str], sizes: Any) -> jax.Array:
     """The sum over `axes`, of which each device keeps the part that `spec` gives it."""
     rest = list(axes)
-    for dimension, names in enumerate(spec):
-        if names is not None and math.prod(sizes[name] for name in names) > 1:
+    for dimension, names in enumerate(map(meshes.names_of, spec)):
+        if math.prod(sizes[name] for name in names) > 1:
             grad = jax.lax.psum_scatter(grad, names, scatter_dimension=dimension, tiled=True)
-        rest = [axis for axis in rest if axis not in (names or ())]
+            rest = [axis for axis in rest if axis not in names]
     return jax.lax.psum(grad, tuple(rest)) if rest else grad
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -95,6 +96,11 @@ def batch_parts(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch's leading axis cut over `data` and `fsdp`, all else whole: for `jax.device_put(batch, …)`."""
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh) or None))
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The axes of one entry of a PartitionSpec, which is None, a name or several."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

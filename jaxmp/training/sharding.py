@@ -98,8 +98,9 @@ def state_shardings(
             pattern, spec = matching[-1]
             return _checked(spec, leaf.shape, mesh, f"The rule {pattern!r}", path)
         if names is not None:
-            mapped = P(*(_mesh_axis(name, mesh, logical_axes, path) for name in names))
-            return _checked(mapped, leaf.shape, mesh, "The model's axis names", path)
+            axes = [_mesh_axis(name, mesh, logical_axes, path) for name in names]
+            once = [axis if axis not in axes[:i] else None for i, axis in enumerate(axes)]
+            return _checked(P(*once), leaf.shape, mesh, "The model's axis names", path)
         return _default(path, leaf.shape, mesh, whole_below)
 
     names = _axis_names(params)
@@ -147,7 +148,7 @@ def _default(
     free = [i for i, n in enumerate(shape) if axes[i] is None and n and n % fsdp == 0]
     if free and fsdp > 1 and math.prod(shape) >= whole_below:
         axes[max(free, key=lambda i: shape[i])] = "fsdp"
-    return P(*axes)
+    return _trimmed(axes)
 
 
 def _whole_below(sizes: list[int], parts: int) -> int:
@@ -175,7 +176,7 @@ def _checked(
         )
     entries = []
     for size, entry in zip(shape, spec):
-        names = () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        names = meshes.names_of(entry)
         for name in names:
             if name not in (*mesh.axis_names, *meshes.AXES):
                 raise ValueError(
@@ -189,7 +190,14 @@ def _checked(
                 f"{what} cuts an axis of {size} of {path}, of shape {tuple(shape)}, over "
                 f"{' and '.join(kept)} into {parts} parts: choose an axis that {parts} divides."
             )
-        entries.append(kept[0] if len(kept) == 1 else kept or None)
+        entries.append(kept or None)
+    return _trimmed(entries)
+
+
+def _trimmed(entries: list[Any]) -> PartitionSpec:
+    """The spec without Nones at its end, as JAX writes it on its own: else a step would compile twice."""
+    while entries and entries[-1] is None:
+        entries.pop()
     return P(*entries)
 
 
