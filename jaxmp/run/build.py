@@ -21,6 +21,7 @@ from jaxmp.precision.policy import Policy
 from jaxmp.run import config as configs
 from jaxmp.run import data
 from jaxmp.run.config import Config, ConfigError
+from jaxmp.training import mesh as meshes
 
 MODULES = {MLPConfig: MLP, ViTConfig: VisionTransformer, ResNetConfig: ResNet, GPTConfig: GPT}
 """The module that each model config describes."""
@@ -45,6 +46,8 @@ class Experiment:
     """The pure training step, not compiled."""
     evaluate: Callable[[Any, Any], dict[str, jax.Array]]
     """The pure evaluation of one batch, not compiled: metrics averaged over its rows."""
+    shardings: Any = None
+    """Where each leaf of the state lies on the config's mesh; None on one device."""
 
 
 def build(config: Config, source: data.Source | None = None) -> Experiment:
@@ -65,9 +68,12 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         params, model_state = nn.linen.init(model, params_key, example)
         return training.TrainState.create(params, tx, model_state=model_state, rng=run_key)
 
-    train_step = training.make_train_step(
-        train_loss, tx, policy, config.accumulate, autocast=config.autocast
-    )
+    shardings = _shardings(config, init)
+    shared = {
+        "autocast": config.autocast,
+        "shardings": None if shardings is None else shardings.params,
+    }
+    train_step = training.make_train_step(train_loss, tx, policy, config.accumulate, **shared)
     return Experiment(
         config=config,
         policy=policy,
@@ -76,8 +82,36 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         loss=train_loss,
         init=init,
         step=logged_step(train_step, schedule, config.replicas),
-        evaluate=_evaluation(training.make_eval_step(eval_loss, policy, autocast=config.autocast)),
+        evaluate=_evaluation(training.make_eval_step(eval_loss, policy, **shared)),
+        shardings=shardings,
     )
+
+
+def _shardings(config: Config, init: Callable[[], Any]) -> Any:
+    """The shardings of the state on the config's mesh, None without one. Raises ConfigError."""
+    if not config.mesh:
+        return None
+    try:
+        mesh = training.make_mesh(config.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    parts = meshes.batch_parts(mesh)
+    if config.batch_size % (parts * config.accumulate):
+        raise ConfigError(
+            f"mesh {config.mesh!r} cuts a batch in {parts} parts, and batch_size={config.batch_size} does "
+            f"not divide into {parts} times accumulate={config.accumulate}; write a batch_size that is "
+            f"a multiple of {parts * config.accumulate}, or smaller data and fsdp axes."
+        )
+    with model_mistakes():
+        shardings = training.state_shardings(jax.eval_shape(init), mesh)
+    cut = {name for s in jax.tree.leaves(shardings) for e in s.spec for name in meshes.names_of(e)}
+    for axis in ("fsdp", "tensor"):
+        if axis in mesh.axis_names and mesh.shape[axis] > 1 and axis not in cut:
+            raise ConfigError(
+                f"mesh {config.mesh!r} has {axis}={mesh.shape[axis]}, which cuts no parameter of "
+                f"{type(config.model).__name__}; write an {axis} that divides the model's width, or data."
+            )
+    return shardings
 
 
 def _load(config: Config) -> data.Source:
@@ -168,7 +202,8 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
     """(abstract state, the step compiled once with its state donated). Raises ConfigError."""
     with model_mistakes():
         state, batch = abstract_arguments(experiment)
-        return state, training.jit_step(experiment.step).lower(state, batch).compile()
+        step = training.jit_step(experiment.step, experiment.shardings)
+        return state, step.lower(state, batch).compile()
 
 
 def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
@@ -176,7 +211,28 @@ def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0)
     )
-    return jax.eval_shape(experiment.init), batch
+    state = jax.eval_shape(experiment.init)
+    if experiment.shardings is not None:
+        state = jax.tree.map(lambda x, s: x.update(sharding=s), state, experiment.shardings)
+    return state, batch
+
+
+def first_state(experiment: Experiment) -> Any:
+    """The state before the first step, made where it lies, never on one device first."""
+    return jax.jit(experiment.init, out_shardings=experiment.shardings)()
+
+
+def place(experiment: Experiment, batch: data.Batch) -> Any:
+    """The batch on the devices of the mesh, its rows cut among them; as it is on one device.
+
+    One that does not divide, such as the last of an evaluation, is whole on every device.
+    """
+    if experiment.shardings is None:
+        return batch
+    mesh = jax.tree.leaves(experiment.shardings)[0].mesh
+    divides = all(len(x) % meshes.batch_parts(mesh) == 0 for x in batch.values())
+    sharding = training.batch_sharding(mesh) if divides else meshes.replicated(mesh)
+    return jax.device_put(batch, sharding)
 
 
 @contextlib.contextmanager

@@ -128,6 +128,8 @@ class Config:
     """Microbatches that a batch is cut into; their gradients are summed in float32."""
     replicas: int = 1
     """An experiment: backpropagate as one of so many identical workers whose losses are averaged."""
+    mesh: str = ""
+    """How devices share the work: data=8, data=2,fsdp=4, fsdp=4,tensor=2, data=-1 (empty: one device)."""
     seed: int = 0
     """Seeds the initial parameters, dropout and the order of the data."""
     workdir: str = ""
@@ -137,7 +139,7 @@ class Config:
     log: LogConfig = LogConfig()
 
 
-RESUMABLE = ("steps", "workdir", "checkpoint.", "eval.", "log.", "loss_scale.patience")
+RESUMABLE = ("steps", "workdir", "checkpoint.", "eval.", "log.", "loss_scale.patience", "mesh")
 """Settings that may change between two starts of one run; the others make it another run."""
 
 

@@ -73,7 +73,7 @@ def train(
             recorder = Recorder(parts, where, done, shown)
             for note in (*store.notes, _opening(parts, name, where, abstract, done, compiled)):
                 shown.note(note)
-            state = jax.jit(parts.init)() if state is None else state
+            state = build.first_state(parts) if state is None else state
             with contextlib.closing(recorder):
                 outcome = _steps(parts, step, state, done, store, recorder, stop)
         if outcome.exit_code != signals.EXIT_INTERRUPTED and config.log.report:
@@ -93,6 +93,7 @@ def _steps(
     """The loop itself: steps `done + 1` to the last, or to where it is asked to stop or fails."""
     config, saved = parts.config, done
     evaluate = jax.jit(parts.evaluate)
+    validation = tuple(build.place(parts, batch) for batch in parts.source.validation)
     meta = {"config": configs.to_json(config)}
     recorder.ready()
     start = time.perf_counter()
@@ -100,13 +101,13 @@ def _steps(
         for index in range(done, config.steps):
             if stop:
                 break
-            state, step_metrics = step(state, parts.source.batch_at(index))
+            state, step_metrics = step(state, build.place(parts, parts.source.batch_at(index)))
             done = index + 1
             recorder.step(done, step_metrics)
             last = done == config.steps
             if last or _due(done, config.eval.every):
                 recorder.flush()
-                held_out = build.evaluate_all(evaluate, state, parts.source.validation)
+                held_out = build.evaluate_all(evaluate, state, validation)
                 recorder.evaluation(done, held_out)
             if last or stop or store.due(done):
                 recorder.sync()
@@ -261,12 +262,13 @@ def _opening(
     size = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     resumed = f", resuming behind step {done}" if done else ""
     kind = configs.loss_scale_kind(parts.config)
+    where_to = f" on mesh {parts.config.mesh}" if parts.config.mesh else ""
     return (
         f"{name}: {type(parts.config.model).__name__.removesuffix('Config')} with {size:,} parameters, "
         f"{parts.source.about}\n"
         f"policy {parts.config.policy}, loss scale {kind}, "
         f"{parts.config.steps} steps of {parts.config.batch_size} "
-        f"in {where}{resumed} (compiled in {progress.duration(compiled)})"
+        f"in {where}{where_to}{resumed} (compiled in {progress.duration(compiled)})"
     )
 
 

@@ -12,6 +12,7 @@ from jaxmp.nn.models.gpt import GPTConfig
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.run.data import BYTE_VALUES, TextConfig
+from jaxmp.training import mesh as meshes
 
 DIGIT_CLASSES = 10
 
@@ -61,7 +62,14 @@ def check(config: Any) -> None:
     for key, holds, words in _BOUNDS:
         if not holds(settings[key]):
             raise ConfigError(f"{key}={settings[key]} must be {words}.")
-    for rule in (_check_policy, _check_batch, _check_schedule, _check_loss_scale, _check_pair):
+    for rule in (
+        _check_policy,
+        _check_batch,
+        _check_mesh,
+        _check_schedule,
+        _check_loss_scale,
+        _check_pair,
+    ):
         rule(config)
 
 
@@ -161,6 +169,15 @@ def _check_batch(config: Config) -> None:
             f"batch_size={size} cannot be cut into accumulate={parts} equal microbatches; "
             f"write batch_size={nearest}, or an accumulate that divides {size}."
         )
+
+
+def _check_mesh(config: Config) -> None:
+    """Its form; whether it fits devices, batch and model is told when the run is built."""
+    try:
+        if config.mesh:
+            meshes.parse_mesh(config.mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_schedule(config: Config) -> None:

@@ -75,7 +75,7 @@ def over_mesh(gradients: Gradients, shardings: Any, reduce_dtype: Any = jnp.floa
     axes = meshes.batch_axes(mesh)
     if not axes:
         return gradients
-    kept = jax.tree.map(lambda s: PartitionSpec(*map(_only(axes), s.spec)), shardings)
+    kept = jax.tree.map(lambda s: _scattered(s.spec, axes), shardings)
 
     def reduce(grads: Any) -> Any:
         return jax.tree.map(lambda g, s: _reduce(g, s, axes, mesh.shape), grads, kept)
@@ -110,6 +110,16 @@ def gather(params: Any, shardings: Any) -> Any:
 
     params = jax.lax.with_sharding_constraint(params, shardings)
     return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, shardings))
+
+
+def _scattered(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:
+    """What a device keeps of a summed gradient: its part, or all of one that `tensor` cuts as well.
+
+    Scattered here, that one would first be gathered over `tensor`, which is the compiler's; it cuts the
+    whole sum by itself.
+    """
+    names = {name for entry in spec for name in meshes.names_of(entry)}
+    return PartitionSpec() if names - set(axes) else spec
 
 
 def _only(axes: Sequence[str]) -> Callable[[Any], Any]:

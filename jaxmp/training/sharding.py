@@ -135,9 +135,7 @@ def _of_parameter(path: str, shape: tuple[int, ...], decided: Mapping[str, Any])
     return None
 
 
-def _default(
-    path: str, shape: tuple[int, ...], mesh: Mesh, whole_below: int
-) -> PartitionSpec:
+def _default(path: str, shape: tuple[int, ...], mesh: Mesh, whole_below: int) -> PartitionSpec:
     """`tensor` by the rules for the shipped models; `fsdp` over the largest axis it divides."""
     found = [spec for pattern, spec in TENSOR_RULES if trees.match_path(pattern, path)]
     axes: list[Any] = [None] * len(shape)
@@ -212,9 +210,7 @@ def _axis_names(params: Any) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def _mesh_axis(
-    name: Any, mesh: Mesh, logical_axes: Mapping[str, str | None], path: str
-) -> Any:
+def _mesh_axis(name: Any, mesh: Mesh, logical_axes: Mapping[str, str | None], path: str) -> Any:
     if name is None or name in mesh.axis_names or name in meshes.AXES:
         return name
     if isinstance(name, tuple):

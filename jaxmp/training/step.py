@@ -133,6 +133,7 @@ def make_eval_step(
     *,
     inputs: Sequence[str] | None = None,
     autocast: bool = False,
+    shardings: Any = None,
 ) -> Callable[[TrainState, Any], Metrics]:
     """A pure function `evaluate(state, batch) -> metrics`, in the arithmetic of training.
 
@@ -142,6 +143,7 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:
         params, batch = cast(state.params, batch)
+        params = params if shardings is None else exchange.gather(params, shardings)
         loss, aux, _ = call(params, batch, state.rng, state.model_state)
         return {"loss": loss, **aux}
 
