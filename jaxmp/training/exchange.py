@@ -1,4 +1,4 @@
-"""Where devices meet in a step: parameters gathered in their compute dtype, gradients summed in the dtype asked for.
+"""Where devices meet in a step: 16-bit parameters gathered, gradients summed in the dtype asked for.
 
 Each device differentiates the loss of its own rows. With N of them and S the loss scale,
 

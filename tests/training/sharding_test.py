@@ -1,4 +1,4 @@
-"""Several devices: they follow one device's loss, hold their share, sum in the dtype asked for, skip as one."""
+"""Several devices follow one: its loss, a share of its state, sums in the dtype asked for, skips as one."""
 
 import json
 import subprocess
@@ -76,7 +76,8 @@ for check in (True, False):
             state, metrics = step(state, batch)
             kept = (state.params, state.step, state.opt_state.loss_scale, metrics)
             return jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying")[None], kept)
-        mapped = jax.jit(jax.shard_map(each, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=check))
+        specs = {"in_specs": (P(), P("data")), "out_specs": P("data"), "check_vma": check}
+        mapped = jax.jit(jax.shard_map(each, mesh=mesh, **specs))
         state = training.TrainState.create(PARAMS, sgd)
         bad = {**rows, "inputs": rows["inputs"].at[5, 0].set(jnp.inf)}
         huge = {**rows, "targets": rows["targets"].at[5].set(3e4)}
