@@ -109,7 +109,7 @@ def _shardings(config: Config, init: Callable[[], Any]) -> Any:
         if axis in mesh.axis_names and mesh.shape[axis] > 1 and axis not in cut:
             raise ConfigError(
                 f"mesh {config.mesh!r} has {axis}={mesh.shape[axis]}, which cuts no parameter of "
-                f"{type(config.model).__name__}; write an {axis} that divides the model's width, or data."
+                f"{type(config.model).__name__}; write a size that divides the model's width, or data."
             )
     return shardings
 
@@ -203,7 +203,7 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
     with model_mistakes():
         state, batch = abstract_arguments(experiment)
         step = training.jit_step(experiment.step, experiment.shardings)
-        return state, step.lower(state, batch).compile()
+        return state, meshes.in_turn(step.lower(state, batch).compile())
 
 
 def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
@@ -219,7 +219,7 @@ def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
 
 def first_state(experiment: Experiment) -> Any:
     """The state before the first step, made where it lies, never on one device first."""
-    return jax.jit(experiment.init, out_shardings=experiment.shardings)()
+    return meshes.in_turn(jax.jit(experiment.init, out_shardings=experiment.shardings))()
 
 
 def place(experiment: Experiment, batch: data.Batch) -> Any:

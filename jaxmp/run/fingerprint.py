@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxmp.training import mesh as meshes
+
 _SEEDS = (0x243F6A88, 0x85A308D3)  # the first digits of pi, as good as any
 _GOLDEN = 0x9E3779B1  # odd, so i * _GOLDEN takes 2^32 different values
 
@@ -31,7 +33,7 @@ def fingerprints(leaves: Iterable[Any]) -> list[str]:
     Of typed PRNG keys pass the `jax.random.key_data`. An array without elements gives zeros.
     """
     # All are dispatched before the first is waited for.
-    sums = [_fingerprint(_numpy_words(leaf)) for leaf in leaves]
+    sums = [meshes.in_turn(_fingerprint)(_numpy_words(leaf)) for leaf in leaves]
     return [f"{int(high):08x}{int(low):08x}" for high, low in jax.device_get(sums)]
 
 

@@ -19,6 +19,7 @@ from jaxmp.run import build, checkpoint, data, metrics, progress, signals, valid
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.run.watch import RunFailed, Watch
+from jaxmp.training import mesh as meshes
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_FILE = "eval.jsonl"
@@ -92,7 +93,7 @@ def _steps(
 ) -> Outcome:
     """The loop itself: steps `done + 1` to the last, or to where it is asked to stop or fails."""
     config, saved = parts.config, done
-    evaluate = jax.jit(parts.evaluate)
+    evaluate = meshes.in_turn(jax.jit(parts.evaluate))
     validation = tuple(build.place(parts, batch) for batch in parts.source.validation)
     meta = {"config": configs.to_json(config)}
     recorder.ready()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ BATCH_AXES = ("data", "fsdp")
 """The axes whose devices each read rows of their own."""
 
 
-def make_mesh(spec: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(spec: str, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that a text describes: `data=8`, `data=2,fsdp=4`, `fsdp=16,tensor=2`, `data=-1`.
 
     - `data`: each device holds the whole state and reads rows of its own.
@@ -106,6 +106,24 @@ def names_of(entry: Any) -> tuple[str, ...]:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device of the mesh."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def in_turn(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, finished when it returns if its results lie on several CPU devices.
+
+    XLA's virtual CPU devices share few threads: devices of two programs that run at once can take them
+    all while each waits for its neighbours, for ever. Elsewhere nothing is waited for.
+    """
+
+    def call(*args: Any) -> Any:
+        results = fn(*args)
+        for leaf in jax.tree.leaves(results)[:1]:
+            devices = leaf.sharding.device_set
+            if len(devices) > 1 and next(iter(devices)).platform == "cpu":
+                jax.block_until_ready(results)
+        return results
+
+    return call
 
 
 def _devices(count: int) -> str:

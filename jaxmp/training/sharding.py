@@ -85,7 +85,7 @@ def state_shardings(
       ValueError: a rule that matches nothing, names an unknown axis, has more entries than the array
         has axes or does not divide it; or an axis name of the model that `logical_axes` lacks.
     """
-    pairs = tuple(rules.items() if isinstance(rules, Mapping) else rules or ())
+    pairs: list[Any] = list(rules.items() if isinstance(rules, Mapping) else rules or ())
     params = getattr(abstract_state, "params", abstract_state)
     leaves = jax.tree.leaves(abstract_state)
     whole_below = _whole_below([math.prod(leaf.shape) for leaf in leaves], _size(mesh, "fsdp"))
