@@ -54,7 +54,8 @@ def over_axes(
         metrics, grads, new_state = gradients(
             _varying(params, axes), batch, rng, _varying(model_state, axes), scale / parts
         )
-        grads = total(trees.cast_floating(grads, reduce_dtype))
+        # Behind a barrier, or the TPU's compiler widens 16-bit gradients after it has summed them.
+        grads = total(jax.lax.optimization_barrier(trees.cast_floating(grads, reduce_dtype)))
         new_state = jax.tree.map(
             lambda leaf: mean(leaf).astype(leaf.dtype) if trees.is_floating(leaf) else leaf,
             new_state,
