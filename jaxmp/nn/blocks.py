@@ -1,8 +1,8 @@
 """The blocks of a Linen model: what flows into each, and each as a function of that alone.
 
 Blocks are the modules called directly by the model whose first argument is a floating-point array
-and whose result is one: embeddings eat integers and are none, and dropout is none either. Instruments need no change of a
-model's source to look between its layers.
+and whose result is one: embeddings eat integers and are none, and dropout is none either. Instruments
+need no change of a model's source to look between its layers.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def mlp():
 @pytest.fixture(scope="module")
 def gpt():
     sizes = "--model.width 16 --model.depth 2 --model.heads 2 --model.context 16 --batch_size 4"
-    parts, state, batch = experiment("text_gpt_float32", *sizes.split(), "--data.sequence_length", "16")
+    parts, state, batch = experiment(
+        "text_gpt_float32", *sizes.split(), "--data.sequence_length", "16"
+    )
     # Weights as they start hardly attend; these do.
     louder = jax.tree.map(lambda p: 3 * p, state.params)
     return parts, state.replace(params=louder), batch
