@@ -1,11 +1,16 @@
 """Mixed-precision training for JAX: transforms, a framework, and instruments."""
 
+from jaxmp import diagnose as diagnose
 from jaxmp import nn as nn
 from jaxmp import numerics as numerics
 from jaxmp import optim as optim
 from jaxmp import plan as plan
 from jaxmp import precision as precision
 from jaxmp import training as training
+from jaxmp.diagnose.flow import gradient_flow as gradient_flow
+from jaxmp.diagnose.spectrum import homogeneity_degree as homogeneity_degree
+from jaxmp.diagnose.spectrum import jacobian_spectrum as jacobian_spectrum
+from jaxmp.diagnose.spectrum import lipschitz as lipschitz
 from jaxmp.numerics.formats import FloatFormat as FloatFormat
 from jaxmp.numerics.formats import explain as explain
 from jaxmp.numerics.formats import format_of as format_of
@@ -13,6 +18,7 @@ from jaxmp.numerics.tree import all_finite as all_finite
 from jaxmp.numerics.tree import cast_floating as cast_floating
 from jaxmp.numerics.tree import global_norm as global_norm
 from jaxmp.numerics.tree import select_tree as select_tree
+from jaxmp.optim.outliers import skip_outliers as skip_outliers
 from jaxmp.optim.recipes import adamw as adamw
 from jaxmp.optim.recipes import ema_of as ema_of
 from jaxmp.optim.recipes import recipe as recipe
@@ -31,6 +37,9 @@ from jaxmp.precision.policy import cast_to_full as cast_to_full
 from jaxmp.precision.policy import cast_to_half as cast_to_half
 from jaxmp.precision.policy import get_policy as get_policy
 from jaxmp.precision.policy import half_dtype as half_dtype
+from jaxmp.training.mesh import batch_sharding as batch_sharding
+from jaxmp.training.mesh import make_mesh as make_mesh
+from jaxmp.training.sharding import state_shardings as state_shardings
 from jaxmp.training.state import TrainState as TrainState
 from jaxmp.training.step import jit_step as jit_step
 from jaxmp.training.step import make_eval_step as make_eval_step

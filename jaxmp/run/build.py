@@ -174,7 +174,7 @@ def logged_step(step: Step, schedule: Callable[[Any], jax.Array], replicas: int)
 
     def logged(state: Any, batch: Any) -> tuple[Any, dict[str, jax.Array]]:
         new_state, metrics = step(state, batch)
-        del metrics["finite"]  # the opposite of `skipped`
+        del metrics["finite"]  # told by `loss` and `grad_norm`
         metrics["learning_rate"] = schedule(state.step)
         metrics["grad_norm"] = metrics["grad_norm"] * replicas
         return new_state, metrics

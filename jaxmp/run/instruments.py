@@ -58,7 +58,7 @@ def flow_of(parts: build.Experiment) -> Callable[[Any, Any], tuple[Any, Any]]:
         divide = lambda tree: jax.tree.map(lambda g: g.astype(jnp.float32) / scale, tree)
         at_inputs = flow.flow_at_taps(at_taps)
         return (
-            at_inputs.replace(norm=at_inputs.norm / scale),
+            dataclasses.replace(at_inputs, norm=at_inputs.norm / scale),
             flow.gradient_flow(divide(grads), state.params),
         )
 

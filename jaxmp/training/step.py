@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxmp.numerics import tree as trees
-from jaxmp.optim import scaling
+from jaxmp.optim import outliers, scaling
 from jaxmp.precision import autocast as autocasting
 from jaxmp.precision import policy as policies
 from jaxmp.training import accumulate as accumulation
@@ -46,7 +46,8 @@ def make_train_step(
     multiplies the loss by the loss scale found in the optimizer state, differentiates, and hands the
     gradients to `tx`. If the loss or a gradient is not finite, the step is skipped for everything:
     parameters, optimizer (moments, schedule, averages), model state and step count keep their bits;
-    only the loss scale and its counters move.
+    only the loss scale and its counters move. A step that `optim.skip_outliers` leaves out is skipped
+    for everything as well; only its running norm's counters move then.
 
     Args:
       loss_fn: `loss_fn(params, batch)`, optionally with a third parameter for a PRNG key and one named
@@ -69,7 +70,8 @@ def make_train_step(
       reduce_dtype: what gradients are in while devices sum them: "bfloat16" halves what is sent.
 
     The metrics are scalars: `loss` (without scale), `grad_norm` (without scale, before clipping),
-    `loss_scale` (the one used in this step), `finite`, `skipped`, and those of `loss_fn`.
+    `loss_scale` (the one used in this step), `finite`, `skipped` (not finite, or an outlier left out),
+    and those of `loss_fn`.
     """
     cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
     across = _across(shardings, axis_name, reduce_dtype)
@@ -90,20 +92,25 @@ def make_train_step(
         updates, opt_state = optax.with_extra_args_support(tx).update(
             grads, state.opt_state, state.params, value=loss
         )
+        # What a guard in the chain left out, such as `skip_outliers`, is left out of the rest too.
+        left_out = outliers.skipped_outliers_of(opt_state) - outliers.skipped_outliers_of(
+            state.opt_state
+        )
+        kept = applied & (left_out == 0)
         new_state = dataclasses.replace(
             state,
-            step=state.step + jnp.int32(applied),
+            step=state.step + jnp.int32(kept),
             params=trees.select_tree(
-                applied, optax.apply_updates(state.params, updates), state.params
+                kept, optax.apply_updates(state.params, updates), state.params
             ),
             opt_state=scaling.hold_unless(applied, opt_state, state.opt_state),
-            model_state=trees.select_tree(applied, model_state, state.model_state),
+            model_state=trees.select_tree(kept, model_state, state.model_state),
         )
         metrics |= {
             "grad_norm": norm,
             "loss_scale": scale,
             "finite": applied,
-            "skipped": ~applied,
+            "skipped": ~kept,
         }
         return new_state, metrics
 

@@ -329,3 +329,25 @@ def test_the_step_runs_under_strict_dtype_promotion():
         step = training.make_train_step(regression, tx, "mixed_float16", 2)
         state, metrics = jax.jit(step)(state, BATCH)
     assert metrics["finite"]
+
+
+def test_an_outlier_left_out_is_left_out_of_model_state_and_step_count_too():
+    def loss(params, batch, *, model_state):
+        return regression(params, batch), {"model_state": {"seen": model_state["seen"] + 1}}
+
+    guard = lambda chain: optim.skip_outliers(chain, 10.0, warmup=2)
+    tx = optim.adamw(1e-2, clip=None, guard=guard, loss_scale=jaxmp.StaticLossScale(2.0**8))
+    step = training.make_train_step(loss, tx, "float32")
+    start = training.TrainState.create(PARAMS, tx, model_state={"seen": jnp.float32(0)})
+    far = {**BATCH, "targets": 1e4 * BATCH["targets"]}
+    states, skips = [start], []
+    for batch in (BATCH, BATCH, BATCH, far, BATCH):
+        state, metrics = jax.jit(step)(states[-1], batch)
+        states.append(state)
+        skips.append((bool(metrics["skipped"]), bool(metrics["finite"])))
+    assert skips == [(False, True)] * 3 + [(True, True), (False, True)]
+    chex.assert_trees_all_equal(
+        (states[3].step, states[3].params, states[3].model_state),
+        (states[4].step, states[4].params, states[4].model_state),
+    )
+    assert (states[5].step, states[5].model_state["seen"]) == (4, 4)
