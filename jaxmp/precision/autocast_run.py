@@ -35,7 +35,7 @@ class Runner:
             name = eqn.primitive.name
             low = step.run == Form.FULL and step.results[:1] == [Form.LOW]
             with programs.location(eqn):
-                if low and name == "div" and eqn.invars[0] in exponentials:
+                if low and name == "div" and _is_in(eqn.invars[0], exponentials):
                     values[eqn.outvars[0]] = _narrow_quotient(eqn, self.dtype, *operands)
                     continue
                 if step.run == Form.FULL or step.call is not None:
@@ -169,6 +169,11 @@ class Runner:
             inputs.append(form if programs.is_float32(variable) else None)
         demands = [NONE] * len(program.jaxpr.outvars)
         return self.run(self.planner.plan(program, inputs, demands), args)
+
+
+def _is_in(atom: Any, variables: set) -> bool:
+    """Whether an operand is one of these variables. (Literals can't be hashed on every JAX.)"""
+    return not programs.is_literal(atom) and atom in variables
 
 
 def _cast(eqn: Any, x: Any) -> Any:
