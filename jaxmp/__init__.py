@@ -8,6 +8,7 @@ from jaxmp import plan as plan
 from jaxmp import precision as precision
 from jaxmp import training as training
 from jaxmp.diagnose.flow import gradient_flow as gradient_flow
+from jaxmp.diagnose.ranges import audit_ranges as audit_ranges
 from jaxmp.diagnose.spectrum import homogeneity_degree as homogeneity_degree
 from jaxmp.diagnose.spectrum import jacobian_spectrum as jacobian_spectrum
 from jaxmp.diagnose.spectrum import lipschitz as lipschitz

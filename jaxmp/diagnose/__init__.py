@@ -14,6 +14,10 @@ from jaxmp.diagnose.layer_gains import dense_norm as dense_norm
 from jaxmp.diagnose.layer_gains import entropy_lower_bound as entropy_lower_bound
 from jaxmp.diagnose.layer_gains import layer_norm_gain as layer_norm_gain
 from jaxmp.diagnose.layer_gains import rms_norm_gain as rms_norm_gain
+from jaxmp.diagnose.magnitudes import Magnitudes as Magnitudes
+from jaxmp.diagnose.ranges import RangeAudit as RangeAudit
+from jaxmp.diagnose.ranges import audit_ranges as audit_ranges
+from jaxmp.diagnose.ranges import tensor_ranges as tensor_ranges
 from jaxmp.diagnose.spectrum import frobenius_norm as frobenius_norm
 from jaxmp.diagnose.spectrum import homogeneity_degree as homogeneity_degree
 from jaxmp.diagnose.spectrum import jacobian_spectrum as jacobian_spectrum

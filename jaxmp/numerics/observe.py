@@ -31,6 +31,11 @@ from jaxmp.numerics import jaxpr as programs
 
 _WALKED = {"jit", "pjit", "remat2", "checkpoint", "closed_call", "call", "core_call"}
 _WALKED |= {"core_closed_call", "custom_jvp_call", "custom_vjp_call", "scan", "while", "cond"}
+MOVES = frozenset(
+    "reshape transpose broadcast_in_dim squeeze expand_dims slice dynamic_slice gather copy rev tile "
+    "concatenate pad select_n convert_element_type stop_gradient optimization_barrier split neg".split()
+)
+"""Operations that move or pick values, each with the magnitude it has."""
 _RECOMPUTED = "rematted_computation"
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _MODELS = os.path.join(_PACKAGE, "nn", "models")
@@ -57,6 +62,18 @@ class Site:
     """Abstract values of the operands; with literals, which have a value `val`, as they are."""
     outputs: tuple[Any, ...]
     """Abstract values of the results."""
+    reads: frozenset[int] = frozenset()
+    """The program's inputs that are operands, as they are or moved, as a layer reads its parameters."""
+    narrowed: tuple[Narrowing, ...] = ()
+    """Where its results, as they are or moved, are converted to a smaller float."""
+
+
+class Narrowing(NamedTuple):
+    """A conversion to a smaller floating-point dtype."""
+
+    dtype: str
+    scope: str
+    """The module path of the conversion, or of the operation that it was made for."""
 
 
 class Probe(NamedTuple):
@@ -74,7 +91,14 @@ class Probe(NamedTuple):
 
 def sites(program: programs.Program) -> list[Site]:
     """The operations of a program in the order in which it runs them, those of inner programs too."""
-    return list(_sites(program, (), ()))
+    reads = [frozenset({i}) for i in range(len(program.jaxpr.invars))]
+    return list(_sites(program, (), (), reads))
+
+
+def narrowed_inputs(program: programs.Program) -> list[tuple[Narrowing, ...]]:
+    """For each input of a program, where it is converted to a smaller float, as it is or moved."""
+    found = _narrowings(program, (), {})
+    return [found.get(v, ()) for v in program.jaxpr.invars]
 
 
 def observe(program: programs.Program, args: Sequence, probe: Probe) -> tuple[list, list]:
@@ -101,16 +125,77 @@ def _short(filename: str) -> str:
     return os.path.basename(filename) if relative.startswith("..") else relative
 
 
-def _sites(program: programs.Program, around: tuple, loops: tuple[str, ...]) -> Iterator[Site]:
-    """The sites of a program inside the operations `around` it."""
-    for eqn in program.jaxpr.eqns:
+def _sites(
+    program: programs.Program,
+    around: tuple,
+    loops: tuple[str, ...],
+    reads: Sequence[frozenset[int]] = (),
+    narrowed: Sequence[tuple[Narrowing, ...]] = (),
+) -> Iterator[Site]:
+    """The sites of a program inside the operations `around` it.
+
+    `reads` says which inputs of the outermost program its inputs are, `narrowed` where its results are
+    converted.
+    """
+    jaxpr = program.jaxpr
+    inputs = dict(zip(jaxpr.invars, reads))
+    results = {v: n for v, n in zip(jaxpr.outvars, narrowed) if not programs.is_literal(v)}
+    later = _narrowings(program, around, results)
+    for eqn in jaxpr.eqns:
+        found = [inputs.get(a, frozenset()) for a in map(_variable, eqn.invars)]
         call = _walked(eqn)
         if call is None:
-            yield _site((*around, eqn), loops)
+            site, read = _site((*around, eqn), loops), frozenset().union(*found)
+            if eqn.primitive.name in MOVES:
+                inputs[eqn.outvars[0]] = read
+            narrowings = itertools.chain(*(later.get(v, ()) for v in eqn.outvars))
+            yield dataclasses.replace(site, reads=read, narrowed=tuple(narrowings))
             continue
         inner = (*loops, call.kind) if call.kind in ("scan", "while") else loops
         for body in _looked_at(call):
-            yield from _sites(body.program, (*around, eqn), inner)
+            operands = [found[i] for i in body.operands]
+            to = [later.get(v, ()) for v in eqn.outvars]
+            yield from _sites(body.program, (*around, eqn), inner, operands, to)
+
+
+def _narrowings(
+    program: programs.Program, around: tuple, found: dict[Any, tuple[Narrowing, ...]]
+) -> dict[Any, tuple[Narrowing, ...]]:
+    """Where variables are converted to a smaller float, given that of the program's results."""
+    found = dict(found)
+    for eqn in reversed(program.jaxpr.eqns):
+        operands, here = [_variable(a) for a in eqn.invars], ()
+        if call := _walked(eqn):
+            for body in call.bodies:
+                inner = _narrowings(body.program, (*around, eqn), {})
+                for operand, variable in zip(body.operands, body.program.jaxpr.invars):
+                    _add(found, operands[operand], inner.get(variable, ()))
+            continue
+        if eqn.primitive.name in MOVES:
+            here = found.get(eqn.outvars[0], ())
+        if eqn.primitive.name == "convert_element_type":
+            old, new = eqn.invars[0].aval, eqn.outvars[0].aval
+            floats = programs.is_inexact(old) and programs.is_inexact(new)
+            if floats and new.dtype.itemsize < old.dtype.itemsize:
+                here = (Narrowing(new.dtype.name, _scope((*around, eqn))), *here)
+        for variable in operands:
+            _add(found, variable, here)
+    return found
+
+
+def _add(found: dict, variable: Any, more: tuple[Narrowing, ...]) -> None:
+    if more and variable is not None:
+        found[variable] = tuple(dict.fromkeys((*found.get(variable, ()), *more)))
+
+
+def _variable(atom: Any) -> Any:
+    """The variable, None for a literal (which need not be hashable)."""
+    return None if programs.is_literal(atom) else atom
+
+
+def _scope(path: tuple) -> str:
+    names = "/".join(programs.scope(e) for e in path).split("/")
+    return "/".join(name for name in names if name and name != _RECOMPUTED)
 
 
 def _site(path: tuple, loops: tuple[str, ...]) -> Site:
@@ -121,7 +206,7 @@ def _site(path: tuple, loops: tuple[str, ...]) -> Site:
     backward = any("transpose(" in str(e.source_info.name_stack) for e in path)
     return Site(
         primitive=eqn.primitive.name,
-        scope="/".join(name for name in names if name and name != _RECOMPUTED),
+        scope=_scope(path),
         phase="recomputed" if recomputed else "backward" if backward else "forward",
         source=source_of(eqn),
         loops=loops,

@@ -243,7 +243,7 @@ def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:
 
     @jax.custom_jvp
     def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return programs.bind(eqn, [a, b, *operands[2:]])[0]
+        return programs.bind(eqn, [a, b, *operands[2:]], preferred_element_type=_FLOAT32)[0]
 
     @product.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from jaxmp.numerics import jaxpr as programs
-from jaxmp.numerics.observe import Probe, Site, observe, sites
+from jaxmp.numerics.observe import Probe, Site, narrowed_inputs, observe, sites
 
 
 def counts_and_sums(depth: int = 2) -> Probe:
@@ -139,3 +139,20 @@ def test_custom_derivatives_and_inner_jits_are_walked_through():
     outs, found = observed(fn, x)
     np.testing.assert_allclose(outs[0], fn(x), rtol=1e-6)
     assert "logistic" in found and "jit" not in found
+
+
+def test_a_site_knows_the_inputs_it_reads_and_where_its_results_are_narrowed():
+    def fn(params, x):
+        h = jax.jit(lambda w, v: v @ w.T)(params["w"], x)
+        with jax.named_scope("tail"):
+            return jnp.reshape(jnp.sin(h), [-1]).astype(jnp.float16) + params["b"][0]
+
+    args = ({"b": jnp.ones([1], jnp.float16), "w": jnp.ones([3, 2])}, jnp.ones([4, 2]))
+    program, _ = programs.trace(fn)(*args)
+    found = {site.primitive: site for site in sites(program)}
+    assert found["dot_general"].reads == {1, 2}  # w, moved inside the jit, and x
+    assert found["add"].reads == {0}
+    assert found["sin"].narrowed == (("float16", "tail"),)
+    assert found["dot_general"].narrowed == ()
+    narrowing = lambda w: jax.jit(lambda v: v.T.astype(jnp.bfloat16))(w)
+    assert narrowed_inputs(programs.trace(narrowing)(args[1])[0]) == [(("bfloat16", ""),)]

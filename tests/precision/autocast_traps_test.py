@@ -441,3 +441,16 @@ def test_explain_names_places_counts_and_reasons() -> None:
     assert re.search(r"float32 +1 x exp", text)
     with pytest.raises(ValueError, match="result of autocast"):
         explain_autocast(scoped, X)
+
+
+def test_a_product_without_a_preferred_type_has_the_gradient_of_one_with_it():
+    def fn(w, preferred):
+        product = lax.dot_general(X, w, (((1,), (0,)), ((), ())), preferred_element_type=preferred)
+        return jnp.sum(jax.nn.log_softmax(product)[:, 0])
+
+    without, with_it = (
+        jax.grad(autocast(lambda w, p=p: fn(w, p), "float16"))(W) for p in (None, jnp.float32)
+    )
+    np.testing.assert_array_equal(without, with_it)
+    exact = jax.grad(lambda w: fn(w, None))(W)
+    np.testing.assert_allclose(without, exact, atol=4 * 2.0**-11 * float(jnp.max(jnp.abs(exact))))
