@@ -84,7 +84,8 @@ def compile_row(name: str, target: str) -> dict[str, Any]:
     if native.compiler_bytes:
         row["compiler bytes"] = (ours.compiler_bytes or 0) / native.compiler_bytes
         row["compiler FLOPs"] = (ours.compiler_flops or 0) / (native.compiler_flops or 1)
-    row["temporary"] = ours.temporary_bytes / native.temporary_bytes
+    equal = ours.temporary_bytes == native.temporary_bytes  # none at all, on a TPU's small models
+    row["temporary"] = 1.0 if equal else ours.temporary_bytes / (native.temporary_bytes or 1)
     row["float32 products"] = len(ours.wide_products)
     row["native's"] = len(native.wide_products)
     return row

@@ -106,7 +106,8 @@ class Demands:
             rule = rules.UNKNOWN
         kind, reason = rule
         region = self.override(scope)
-        if region == np.dtype("float32") and kind in (Kind.LOW, Kind.WIDEST):
+        exact = name in rules.EQUALITIES
+        if region == np.dtype("float32") and kind in (Kind.LOW, Kind.WIDEST) and not exact:
             return Kind.FLOAT32, REASONS["region"]
         if region == self.settings.dtype and kind is Kind.FLOAT32:
             return Kind.WIDEST, REASONS["native"]

@@ -170,6 +170,9 @@ class Planner:
             operands = [_spread(f, v, eqn) for f, v in zip(operands, eqn.invars)]
         present = [f for f in operands if f is not None] or [Form.OPEN]
         form = max(present)
+        if name in rules.EQUALITIES and Form.LOW in present:
+            # The derivative of a maximum asks which operand the result, perhaps rounded, equals.
+            return Form.LOW, Form.LOW, ""
         if form == Form.LOW:
             if Form.FREE in present and (demand & Demand.OUTPUT or name in rules.COMPARES):
                 return Form.FULL, Form.FULL, REASONS["master"]
@@ -179,7 +182,10 @@ class Planner:
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
-            return Form.FULL, _made(Form.FULL, demand), ""
+            made = _made(Form.FULL, demand)
+            # Cast up, a 16-bit skip connection might be written once more, in float32.
+            skips = name == "add" and made == Form.LOW and Form.LOW in present
+            return (Form.LOW if skips else Form.FULL), made, ""
         if moves:
             if name in rules.READS_ROWS and demand & PRODUCT and not demand & Demand.OUTPUT:
                 return Form.FULL, Form.LOW, ""

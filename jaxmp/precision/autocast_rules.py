@@ -71,7 +71,12 @@ TABLE: dict[str, Rule] = {
     **_family(
         Kind.WIDEST,
         "compares what there is: mixed operands are compared in float32, where the cast is exact",
-        "eq ne lt le gt ge eq_to lt_to le_to is_finite",
+        "lt le gt ge lt_to le_to is_finite",
+    ),
+    **_family(
+        Kind.WIDEST,
+        "tests for equality: in 16 bits if one side is, so that what was equal still is",
+        "eq ne eq_to",
     ),
     **_family(
         Kind.MOVES,
@@ -145,6 +150,7 @@ MAGNIFIES = frozenset("log log1p log2 sqrt rsqrt cbrt pow atanh acosh erf_inv lg
 EXPONENTIALS = frozenset({"exp"})
 # Bounded and dear to compute twice: their 16-bit results are kept, as a cap of logits is.
 SATURATES = frozenset("tanh logistic erf".split())
+EQUALITIES = frozenset("eq ne eq_to".split())
 COMPARES = frozenset("eq ne lt le gt ge eq_to lt_to le_to is_finite".split())
 # Activations that are averaged on their way to a product are kept in 16 bits.
 POOLS = frozenset({"reduce_sum", "reduce_window_sum"})

@@ -50,6 +50,7 @@ PIECES: dict[str, Callable] = {
     "where": lambda x: jnp.where(jnp.arange(N) % 2 == 0, x, 0.1 * x),
     "dropout": lambda x: jnp.where(jax.random.bernoulli(KEY, 0.8, x.shape), x / 0.8, 0.0),
     "sum": lambda x: x + 0.2 * x.sum(0),
+    "maximum": lambda x: jnp.maximum(x, 0.3 * x),
     "clip": lambda x: jnp.clip(x, -3.0, 3.0),
     "stop": lambda x: x + lax.stop_gradient(0.1 * x),
     "cast": lambda x: x + (0.1 * x).astype(jnp.float16).astype(jnp.float32),
