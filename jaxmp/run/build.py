@@ -53,8 +53,9 @@ class Experiment:
 def build(config: Config, source: data.Source | None = None) -> Experiment:
     """The parts of the run that `config` describes, fed by `source` if one is given. Raises ConfigError."""
     policy = configs.policy_of(config)
+    mesh = _mesh(config)
     if source is None:
-        source = _load(config)
+        source = _load(config, mesh)
     model = MODULES[type(config.model)](config.model)
     schedule = schedule_of(config)
     tx = transformation(config, schedule)
@@ -68,7 +69,7 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         params, model_state = nn.linen.init(model, params_key, example)
         return training.TrainState.create(params, tx, model_state=model_state, rng=run_key)
 
-    shardings = _shardings(config, init)
+    shardings = _shardings(config, init, mesh)
     shared = {
         "autocast": config.autocast,
         "shardings": None if shardings is None else shardings.params,
@@ -87,9 +88,14 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
     )
 
 
-def _shardings(config: Config, init: Callable[[], Any]) -> Any:
-    """The shardings of the state on the config's mesh, None without one. Raises ConfigError."""
+def _mesh(config: Config) -> Any:
+    """The config's mesh, None on one device. Raises ConfigError where it does not fit."""
     if not config.mesh:
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"mesh is empty, which means one device, and {jax.process_count()} processes train "
+                "together; write --mesh data=-1, which uses all their devices, or fsdp=-1."
+            )
         return None
     try:
         mesh = training.make_mesh(config.mesh)
@@ -102,6 +108,13 @@ def _shardings(config: Config, init: Callable[[], Any]) -> Any:
             f"not divide into {parts} times accumulate={config.accumulate}; write a batch_size that is "
             f"a multiple of {parts * config.accumulate}, or smaller data and fsdp axes."
         )
+    return mesh
+
+
+def _shardings(config: Config, init: Callable[[], Any], mesh: Any) -> Any:
+    """The shardings of the state on the mesh, None without one. Raises ConfigError."""
+    if mesh is None:
+        return None
     with model_mistakes():
         shardings = training.state_shardings(jax.eval_shape(init), mesh)
     cut = {name for s in jax.tree.leaves(shardings) for e in s.spec for name in meshes.names_of(e)}
@@ -114,9 +127,11 @@ def _shardings(config: Config, init: Callable[[], Any]) -> Any:
     return shardings
 
 
-def _load(config: Config) -> data.Source:
+def _load(config: Config, mesh: Any) -> data.Source:
+    apart = jax.process_count() > 1
+    rows = meshes.local_rows(mesh, config.batch_size) if apart else None
     try:
-        return data.load(config.data, config.batch_size, config.seed)
+        return data.load(config.data, config.batch_size, config.seed, rows=rows)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -207,9 +222,10 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
 
 
 def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
-    """The shapes and dtypes of the state and of a batch."""
+    """The shapes and dtypes of the state and of a global batch."""
     batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), experiment.source.batch_at(0)
+        lambda x: jax.ShapeDtypeStruct(_global_shape(experiment, x), x.dtype),
+        experiment.source.batch_at(0),
     )
     state = jax.eval_shape(experiment.init)
     if experiment.shardings is not None:
@@ -223,16 +239,40 @@ def first_state(experiment: Experiment) -> Any:
 
 
 def place(experiment: Experiment, batch: data.Batch) -> Any:
-    """The batch on the devices of the mesh, its rows cut among them; as it is on one device.
+    """A batch of training on the devices of the mesh, its rows cut among them; as it is on one device.
 
-    One that does not divide, such as the last of an evaluation, is whole on every device.
+    Of several processes each gives its own rows.
+    """
+    if experiment.shardings is None:
+        return batch
+    if jax.process_count() == 1:
+        return place_whole(experiment, batch)
+    sharding = training.batch_sharding(jax.tree.leaves(experiment.shardings)[0].mesh)
+    shapes = {key: _global_shape(experiment, x) for key, x in batch.items()}
+    return jax.make_array_from_process_local_data(sharding, batch, shapes)
+
+
+def place_whole(experiment: Experiment, batch: data.Batch) -> Any:
+    """As `place`, for a batch that every process has whole, such as one of an evaluation.
+
+    One that does not divide, such as the last, is whole on every device.
     """
     if experiment.shardings is None:
         return batch
     mesh = jax.tree.leaves(experiment.shardings)[0].mesh
     divides = all(len(x) % meshes.batch_parts(mesh) == 0 for x in batch.values())
     sharding = training.batch_sharding(mesh) if divides else meshes.replicated(mesh)
-    return jax.device_put(batch, sharding)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    spread = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+    return jax.tree.map(spread, batch)
+
+
+def _global_shape(experiment: Experiment, rows: np.ndarray) -> tuple[int, ...]:
+    """The shape of an array of the global batch, of which this process has `rows`."""
+    if jax.process_count() == 1:
+        return rows.shape
+    return (experiment.config.batch_size, *rows.shape[1:])
 
 
 @contextlib.contextmanager

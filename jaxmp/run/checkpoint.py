@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from jaxmp.run import leaves, manifest
+from jaxmp.run import hosts, leaves, manifest
 from jaxmp.run import record as records
 
 
@@ -68,15 +68,16 @@ def open_store(
 
     `due(step)` is true at multiples of `every` (0: never). The newest `keep` checkpoints are kept,
     and for ever those whose step is a multiple of `keep_every` (0: none). Close the store before
-    the program ends. One process at a time may use a directory; that is for the caller to see to.
+    the program ends. One run at a time may use a directory; that is for the caller to see to.
+
+    The processes of a run that JAX has joined use it together, each calling the same methods: the
+    directory must be on a disk that all share, where process 0 writes what Orbax does not.
     """
     if keep < 1 or every < 0 or keep_every < 0:
         raise ValueError(
             "Expected keep of at least 1 and every, keep_every of at least 0, "
             f"got {keep=}, {every=}, {keep_every=}."
         )
-    if jax.process_count() > 1:
-        raise CheckpointError("Checkpoints of runs on several processes are not supported yet.")
     return CheckpointStore(Path(directory).resolve(), every, keep, keep_every)
 
 
@@ -92,7 +93,7 @@ class CheckpointStore:
         self._finishing: tuple[int, concurrent.futures.Future[None]] | None = None
         directory.mkdir(parents=True, exist_ok=True)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        for step in self._clear_interrupted():
+        for step in hosts.first(self._clear_interrupted):
             self.notes.append(
                 f"the run was killed while it saved checkpoint {step}; "
                 "the unfinished files were removed"
@@ -101,8 +102,10 @@ class CheckpointStore:
     def __enter__(self) -> CheckpointStore:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        # Of several processes one that fails must not wait for the others to finish the save with it.
+        if kind is None or hosts.count() == 1:
+            self.close()
 
     def due(self, step: int) -> bool:
         """True at the steps to save at."""
@@ -123,7 +126,7 @@ class CheckpointStore:
         and when there is a checkpoint of a later step.
         """
         self.wait()
-        newest = max(self._folders(), default=-1)
+        newest = hosts.first(lambda: max(self._folders(), default=-1))
         if step < newest:
             raise CheckpointError(
                 f"Step {step} cannot be saved in {self.directory}: checkpoint {newest} is later."
@@ -155,12 +158,21 @@ class CheckpointStore:
         """
         self.wait()
         wanted = records.named(abstract_state)
-        for step in reversed(self._folders()):
+        for step in reversed(hosts.first(self._folders)):
+            arrays, record, damage = {}, {}, ""
             try:
                 arrays, record = self._read(step, wanted)
-            except _Damage as damage:
-                self._set_aside(step, str(damage))
+            except _Damage as found:
+                damage = str(found)
+            if damage := next(filter(None, hosts.gather(damage)), ""):
+                self._set_aside(step, damage)
                 continue
+            if not self._sealed(step):
+                hosts.first(lambda step=step: self._seal(step))
+                self.notes.append(
+                    f"the run was killed while it finished checkpoint {step}; "
+                    "all of it is there and agrees with its fingerprints"
+                )
             self._note_resume(step, record["versions"])
             found = [leaves.from_array(leaf, arrays.get(name)) for name, leaf in wanted.items()]
             state = jax.tree.unflatten(jax.tree.structure(abstract_state), found)
@@ -186,13 +198,15 @@ class CheckpointStore:
         named = records.named(state)
         arrays = {name: leaves.to_array(leaf) for name, leaf in named.items()}
         record = records.describe(step, named, arrays, meta)
+        self._check_one_state(step, record["leaves"])
         # Orbax refuses arrays without elements; the metadata says all there is to say about them.
         stored = {name: array for name, array in arrays.items() if array.size}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(record)
         )
         try:
-            manifest.write_atomically(self._journal(step), records.text(record))
+            text = records.text(record)
+            hosts.first(lambda: manifest.write_atomically(self._journal(step), text))
             # False, without a word, when Orbax believes that a later step is stored.
             if not self._orbax().save(step, args=items):
                 raise RuntimeError("Orbax declined to save it")
@@ -203,7 +217,8 @@ class CheckpointStore:
     def _finish(self, step: int, manager: Any) -> None:
         """Seals the step once Orbax has committed it. Runs on the store's own thread."""
         manager.wait_until_finished()
-        self._seal(step)
+        if hosts.is_first():
+            self._seal(step)
 
     def _seal(self, step: int) -> None:
         manifest.write(self._folder(step))
@@ -212,16 +227,29 @@ class CheckpointStore:
     def _give_up(self, step: int, error: Exception) -> NoReturn:
         """Clears a failed save away, so that a later one can succeed, and tells the caller."""
         manager, self._manager = self._manager, None
-        if manager is not None:
+        if manager is not None and hosts.count() == 1:  # else it may wait for the others
             with contextlib.suppress(Exception):  # It repeats the failure that is told below.
                 manager.close()
-        self._clear_interrupted()
+        if hosts.is_first():
+            self._clear_interrupted()
         steps = self.steps()
         before = f"Checkpoint {steps[-1]} is untouched." if steps else "There is none before it."
         raise CheckpointError(
             f"Checkpoint {step} could not be written to {self.directory}: {_reason(error)}. "
             f"{before} Make room there or choose another directory, then start again to resume."
         ) from error
+
+    def _check_one_state(self, step: int, described: dict[str, Any]) -> None:
+        """Fails if a leaf that several processes hold is not the same on all of them."""
+        told = hosts.gather({name: leaf["fingerprint"] for name, leaf in described.items()})
+        for index, prints in enumerate(told):
+            for name, digits in prints.items():
+                if digits != told[0][name]:
+                    raise CheckpointError(
+                        f"Checkpoint {step} was not written: leaf {name} on process {index} is not "
+                        "what it is on process 0, so the run has fallen apart. Start it again, which "
+                        "resumes from the checkpoint before; if it comes back, suspect the hardware."
+                    )
 
     # Reading.
 
@@ -230,8 +258,8 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         # A save cut short after its commit has no manifest yet: there the fingerprints decide.
-        sealed = not self._journal(step).exists()
-        if sealed and (damage := manifest.difference(self._folder(step))):
+        sealed = self._sealed(step)
+        if sealed and (damage := hosts.first(lambda: manifest.difference(self._folder(step)))):
             raise _Damage(damage)
         record = self._ask_orbax(step, sealed, meta=ocp.args.JsonRestore()).meta
         if not sealed and records.text(record) != self._journal(step).read_text():
@@ -246,12 +274,6 @@ class CheckpointStore:
         arrays = self._ask_orbax(step, sealed, state=ocp.args.StandardRestore(requests)).state
         if name := records.changed_leaf(record, arrays):
             raise _Damage(f"leaf {name} differs from its fingerprint")
-        if not sealed:
-            self._seal(step)
-            self.notes.append(
-                f"the run was killed while it finished checkpoint {step}; "
-                "all of it is there and agrees with its fingerprints"
-            )
         return arrays, record
 
     def _ask_orbax(self, step: int, sealed: bool, **items: Any) -> Any:
@@ -269,18 +291,21 @@ class CheckpointStore:
             ) from error
 
     def _set_aside(self, step: int, damage: str) -> None:
-        finished = not self._journal(step).exists()
-        name = f"{step}.corrupt" if finished else f"{step}.unfinished"
-        place, number = self.directory / name, 1
-        while place.exists():
-            number += 1
-            place = self.directory / f"{name}-{number}"
-        self._folder(step).rename(place)
-        self._journal(step).unlink(missing_ok=True)
+        finished = self._sealed(step)
+        place = hosts.first(lambda: self._move(step, "corrupt" if finished else "unfinished"))
         if self._manager is not None:
             self._manager.reload()  # Else it would decline to save before this step is passed.
         state = "is damaged" if finished else "was not finished when the run was killed"
         self.notes.append(f"checkpoint {step} {state}: {damage}; set aside as {place.name}")
+
+    def _move(self, step: int, name: str) -> Path:
+        place, number = self.directory / f"{step}.{name}", 1
+        while place.exists():
+            number += 1
+            place = self.directory / f"{step}.{name}-{number}"
+        self._folder(step).rename(place)
+        self._journal(step).unlink(missing_ok=True)
+        return place
 
     def _note_resume(self, step: int, versions: dict[str, str]) -> None:
         if self.notes and "; set aside as " in self.notes[-1]:
@@ -323,6 +348,9 @@ class CheckpointStore:
 
     def _journal(self, step: int) -> Path:
         return self.directory / f"{step}.saving"
+
+    def _sealed(self, step: int) -> bool:
+        return hosts.first(lambda: not self._journal(step).exists())
 
     def _folders(self) -> list[int]:
         """Steps that have a folder, oldest first, finished or not, whole or not."""

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from jaxmp.run import config as configs
-from jaxmp.run import loop, signals, validate
+from jaxmp.run import hosts, loop, signals, validate
 from jaxmp.run.checkpoint import CheckpointError
 from jaxmp.run.config import Config, ConfigError
 
@@ -35,7 +35,10 @@ USAGE = """usage: train.py configs/NAME.py [--setting VALUE ...]
 
 Trains the experiment of a config file, or resumes it: the same command goes on where the run stopped.
   train.py configs/NAME.py --help              all settings of that experiment
-  train.py configs/NAME.py --steps 500 --optimizer.learning_rate 3e-3 --workdir runs/try"""
+  train.py configs/NAME.py --steps 500 --optimizer.learning_rate 3e-3 --workdir runs/try
+On several hosts every process runs this command with --mesh data=-1 or another mesh. Under srun and on a
+TPU they find each other; elsewhere add
+  --coordinator HOST:PORT --processes N --process I   (auto: JAX finds them; none: this process alone)"""
 
 _HELP = ("-h", "--help")
 
@@ -45,17 +48,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
 
     def train() -> int:
-        config, name = parse(arguments)
+        launch, settings = _launch(arguments)
+        hosts.join(launch)
+        config, name = parse(settings)
         use_compilation_cache()
         outcome = loop.train(config, name=name, stop=stop)
         stream = sys.stderr if outcome.exit_code == 1 else sys.stdout
-        print(f"{name}: {outcome.message}", file=stream, flush=True)
+        if hosts.is_first():
+            print(f"{name}: {outcome.message}", file=stream, flush=True)
+        hosts.gather(None)  # they part together
         return outcome.exit_code
 
+    interrupted = "stopped at once; the same command resumes from the newest checkpoint."
     with signals.listening() as stop:
-        return exit_code_of(
-            train, "stopped at once; the same command resumes from the newest checkpoint."
-        )
+        return hosts.finish(lambda: exit_code_of(train, interrupted))
 
 
 def exit_code_of(action: Callable[[], int], interrupted: str = "stopped.") -> int:
@@ -112,6 +118,18 @@ def take_one(arguments: Sequence[str], option: str, default: str) -> tuple[str, 
         given = " ".join(words) or "none"
         raise ConfigError(f"{option} takes one value, such as {default or 'FILE'}; given: {given}.")
     return words[0] if words else default, rest
+
+
+def _launch(arguments: Sequence[str]) -> tuple[hosts.Launch, list[str]]:
+    """(how this process finds the others, the other arguments). Raises ConfigError."""
+    coordinator, rest = take_one(arguments, "--coordinator", "")
+    found = []
+    for option in ("--processes", "--process"):
+        value, rest = take_one(rest, option, "")
+        if value and not value.isdigit():
+            raise ConfigError(f"{option} cannot be {value!r}; write a whole number, such as 1.")
+        found.append(int(value) if value else None)
+    return hosts.Launch(coordinator, *found), rest
 
 
 def load(path: pathlib.Path) -> Config:

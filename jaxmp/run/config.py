@@ -104,6 +104,8 @@ class LogConfig:
     """Also write TensorBoard event files (needs tensorboardX)."""
     report: bool = True
     """Write report.html and report.png at the end (needs matplotlib)."""
+    stall: float = 600.0
+    """Several processes: seconds without a step until each writes its stacks to stderr (0: never)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 import numpy as np
 
 Batch = dict[str, np.ndarray]
+Rows = slice | np.ndarray
 
 DIGITS_TRAIN_ROWS = 1500
 """Rows before this one train. The 297 behind it were written by people of whom no row is in training."""
@@ -80,18 +81,19 @@ def load(
     *,
     process_index: int = 0,
     process_count: int = 1,
+    rows: np.ndarray | None = None,
 ) -> Source:
     """The data set that `config` describes, cut into global batches of `batch_size` in the order of `seed`.
 
-    Each of `process_count` processes gets `batch_size / process_count` rows a step. Raises
-    ValueError with a sentence when the data is missing, too small for the batch, or does not
-    divide.
+    Each of `process_count` processes gets `batch_size / process_count` rows a step, or those whose
+    places in the batch are in `rows`. Raises ValueError with a sentence when the data is missing, too
+    small for the batch, or does not divide.
     """
-    rows = process_slice(batch_size, process_index, process_count)
+    share = process_slice(batch_size, process_index, process_count) if rows is None else rows
     if isinstance(config, DigitsConfig):
-        return _digits_source(config, batch_size, seed, rows)
+        return _digits_source(config, batch_size, seed, share)
     if isinstance(config, TextConfig):
-        return _text_source(config, batch_size, seed, rows)
+        return _text_source(config, batch_size, seed, share)
     raise ValueError(
         f"data is a {type(config).__name__}; write DigitsConfig(...) or TextConfig(...)."
     )
@@ -190,7 +192,7 @@ def shift_images(images: np.ndarray, down: np.ndarray, right: np.ndarray) -> np.
     return np.where(inside[..., None], moved, np.float32(0))
 
 
-def _digits_source(config: DigitsConfig, batch_size: int, seed: int, rows: slice) -> Source:
+def _digits_source(config: DigitsConfig, batch_size: int, seed: int, rows: Rows) -> Source:
     if not 0 <= config.shift <= 3:
         raise ValueError(
             f"data.shift={config.shift} must lie in 0..3: the images are 8 pixels wide."
@@ -241,7 +243,7 @@ def _check_text(config: TextConfig) -> None:
         )
 
 
-def _text_source(config: TextConfig, batch_size: int, seed: int, rows: slice) -> Source:
+def _text_source(config: TextConfig, batch_size: int, seed: int, rows: Rows) -> Source:
     _check_text(config)
     text, length = read_text(config.path), config.sequence_length
     cut = int(len(text) * (1 - config.validation_fraction))

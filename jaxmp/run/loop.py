@@ -7,6 +7,7 @@ from it.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import pathlib
@@ -15,7 +16,7 @@ from typing import Any
 
 import jax
 
-from jaxmp.run import build, checkpoint, data, metrics, progress, signals, validate, workdir
+from jaxmp.run import build, checkpoint, data, hosts, metrics, progress, signals, validate, workdir
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.run.watch import RunFailed, Watch
@@ -55,10 +56,12 @@ def train(
     CheckpointError when checkpoints cannot be written or are all damaged.
     """
     validate.check(config)
+    hosts.check_alike(configs.to_json(config))
     stop = signals.StopRequest() if stop is None else stop
     where = pathlib.Path(config.workdir or f"runs/{name}").expanduser()
     parts = build.build(config, source)
     workdir.prepare(where)
+    hosts.check_shared(where)
     with _store(where, config) as store:
         if store.steps():
             workdir.check_same_run(where, config)
@@ -66,10 +69,8 @@ def train(
         abstract, step = build.compile_step(parts)
         compiled = time.perf_counter() - start
         state, done = _restore(store, abstract, config)
-        workdir.remember(where, config)
-        shown = progress.start(
-            total=config.steps, done=done, every=config.log.every, unit=parts.source.unit
-        )
+        hosts.first(lambda: workdir.remember(where, config))
+        shown = _progress(config, done, parts.source.unit)
         with contextlib.closing(shown):
             recorder = Recorder(parts, where, done, shown)
             for note in (*store.notes, _opening(parts, name, where, abstract, done, compiled)):
@@ -78,7 +79,7 @@ def train(
             with contextlib.closing(recorder):
                 outcome = _steps(parts, step, state, done, store, recorder, stop)
         if outcome.exit_code != signals.EXIT_INTERRUPTED and config.log.report:
-            _report(where, name, shown)
+            hosts.first(lambda: _report(where, name, shown))
     return outcome
 
 
@@ -94,13 +95,13 @@ def _steps(
     """The loop itself: steps `done + 1` to the last, or to where it is asked to stop or fails."""
     config, saved = parts.config, done
     evaluate = meshes.in_turn(jax.jit(parts.evaluate))
-    validation = tuple(build.place(parts, batch) for batch in parts.source.validation)
+    validation = tuple(build.place_whole(parts, batch) for batch in parts.source.validation)
     meta = {"config": configs.to_json(config)}
     recorder.ready()
     start = time.perf_counter()
     try:
         for index in range(done, config.steps):
-            if stop:
+            if hosts.stopping(stop, done):
                 break
             state, step_metrics = step(state, build.place(parts, parts.source.batch_at(index)))
             done = index + 1
@@ -110,9 +111,10 @@ def _steps(
                 recorder.flush()
                 held_out = build.evaluate_all(evaluate, state, validation)
                 recorder.evaluation(done, held_out)
-            if last or stop or store.due(done):
+            stopping = hosts.stopping(stop, done)
+            if last or stopping or store.due(done):
                 recorder.sync()
-                store.save(done, state, meta, wait=last or bool(stop))
+                store.save(done, state, meta, wait=last or stopping)
                 saved = done
             recorder.ready()
         if saved < done:
@@ -141,17 +143,21 @@ class Recorder:
         self._key = source.unit + "_per_second"
         self._units = config.batch_size * source.units_per_example
         self._shown = shown
-        self._steps = metrics.JsonLines(where / METRICS_FILE, after=done)
-        self._evals = metrics.JsonLines(where / EVAL_FILE, after=done)
-        self._board = None
-        if config.log.tensorboard:
+        self._steps, self._evals, self._board = metrics.Nowhere(), metrics.Nowhere(), None
+        if hosts.is_first():
+            self._steps = metrics.JsonLines(where / METRICS_FILE, after=done)
+            self._evals = metrics.JsonLines(where / EVAL_FILE, after=done)
+        if hosts.is_first() and config.log.tensorboard:
             self._board = metrics.TensorBoard(where / "tensorboard", after=done)
         self._watch = Watch(config)
-        past = metrics.read(where / METRICS_FILE)
+        self._watchdog = hosts.Watchdog(config.log.stall)
         # One short of what ends a run: it went on after these.
-        for record in past[max(0, len(past) - config.loss_scale.patience + 1) :]:
+        newest = collections.deque[Any](maxlen=config.loss_scale.patience - 1)
+        newest.extend(metrics.read(where / METRICS_FILE) if hosts.is_first() else ())
+        for record in hosts.first(lambda: newest):
             self._watch.see(record)
-        self.newest: dict[str, Any] = next(reversed(metrics.read(where / EVAL_FILE)), {})
+        evaluations = hosts.first(lambda: metrics.read(where / EVAL_FILE)[-1:])
+        self.newest: dict[str, Any] = next(iter(evaluations), {})
         self._pending: tuple[int, Any] | None = None
         self._clock = time.perf_counter()
 
@@ -188,12 +194,14 @@ class Recorder:
 
     def close(self) -> None:
         """Closes the files."""
+        self._watchdog.close()
         for writer in (self._steps, self._evals, self._board):
             if writer is not None:
                 writer.close()
 
     def _record(self, number: int, values: dict[str, jax.Array]) -> None:
         fetched = {key: value.item() for key, value in jax.device_get(values).items()}
+        self._watchdog.beat(number)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         record = {"step": number, **{key: fetched.pop(key) for key in FIRST_KEYS}, **fetched}
@@ -203,6 +211,12 @@ class Recorder:
             self._board.write(record)
         self._shown.step(record)
         self._watch.see(record)
+
+
+def _progress(config: Config, done: int, unit: str) -> progress.Progress:
+    if not hosts.is_first():
+        return progress.Silent()
+    return progress.start(total=config.steps, done=done, every=config.log.every, unit=unit)
 
 
 def describe(evaluation: dict[str, Any]) -> str:
@@ -264,6 +278,7 @@ def _opening(
     resumed = f", resuming behind step {done}" if done else ""
     kind = configs.loss_scale_kind(parts.config)
     where_to = f" on mesh {parts.config.mesh}" if parts.config.mesh else ""
+    where_to += f" of {hosts.count()} processes" if hosts.count() > 1 else ""
     return (
         f"{name}: {type(parts.config.model).__name__.removesuffix('Config')} with {size:,} parameters, "
         f"{parts.source.about}\n"

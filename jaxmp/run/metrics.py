@@ -68,6 +68,19 @@ class JsonLines:
         self._file.close()
 
 
+class Nowhere:
+    """Takes records and keeps none: for all processes but the one that writes."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def sync(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class TensorBoard:
     """Scalars for TensorBoard, one series a key, through tensorboardX."""
 

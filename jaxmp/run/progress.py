@@ -85,6 +85,19 @@ class Plain:
         """Nothing to tidy up."""
 
 
+class Silent:
+    """Shows nothing: for all processes but the one that speaks."""
+
+    def step(self, record: Record) -> None:
+        """Does nothing."""
+
+    def note(self, text: str) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class Live:
     """A bar with the newest figures and the time left, redrawn in place by rich."""
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask a run to stop after its step; asking twice by Ctrl-C ends it at once."""
+"""SIGTERM, SIGUSR1 and Ctrl-C ask a run to stop after its step; a second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ EXIT_INTERRUPTED = 75
 """The exit code of a run that saved on a signal: EX_TEMPFAIL, "try again later" (sysexits.h)."""
 
 
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+"""Those that ask a run to stop."""
+
+
 class StopRequest:
     """Whether somebody asked the run to stop, and by which signal."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.passed_on = False
+        """Whether the other processes of the run know; see `hosts.stopping`."""
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -30,7 +36,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Within the block SIGTERM and SIGINT set the request it yields; the old handlers come back after it.
+    """Within the block SIGTERM, SIGUSR1 and SIGINT set the request that it yields; the old handlers come
+    back after it.
 
     Handlers belong to the main thread: in another one the request is never set by a signal.
     """
@@ -40,7 +47,7 @@ def listening() -> Iterator[StopRequest]:
         del frame
         request.ask(signal.Signals(number).name)
 
-    watched = (signal.SIGTERM, signal.SIGINT)
+    watched = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -48,6 +48,7 @@ _BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("checkpoint.keep_every", lambda x: x >= 0, "at least 0 (0: none)"),
     ("eval.every", lambda x: x >= 0, "at least 0 (0: only at the end)"),
     ("log.every", lambda x: x >= 1, "at least 1"),
+    ("log.stall", lambda x: x >= 0, "at least 0 (0: never), in seconds"),
 )
 
 

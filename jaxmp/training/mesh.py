@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -96,6 +97,12 @@ def batch_parts(mesh: Mesh) -> int:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch's leading axis cut over `data` and `fsdp`, all else whole: for `jax.device_put(batch, …)`."""
     return NamedSharding(mesh, PartitionSpec(batch_axes(mesh) or None))
+
+
+def local_rows(mesh: Mesh, size: int) -> np.ndarray:
+    """The rows of a batch of `size`, int64 and rising, that the devices of this process read."""
+    read = batch_sharding(mesh).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in read.values()]))
 
 
 def names_of(entry: Any) -> tuple[str, ...]:
