@@ -15,6 +15,8 @@ from jaxmp.diagnose.layer_gains import entropy_lower_bound as entropy_lower_boun
 from jaxmp.diagnose.layer_gains import layer_norm_gain as layer_norm_gain
 from jaxmp.diagnose.layer_gains import rms_norm_gain as rms_norm_gain
 from jaxmp.diagnose.magnitudes import Magnitudes as Magnitudes
+from jaxmp.diagnose.probe import new_probe as new_probe
+from jaxmp.diagnose.probe import probe as probe
 from jaxmp.diagnose.ranges import RangeAudit as RangeAudit
 from jaxmp.diagnose.ranges import audit_ranges as audit_ranges
 from jaxmp.diagnose.ranges import tensor_ranges as tensor_ranges

@@ -70,6 +70,11 @@ class Magnitudes:
         return int(_wide(self.counts)[1:3].sum())
 
     @property
+    def nans(self) -> int:
+        """How many are NaN."""
+        return int(self.counts[2])
+
+    @property
     def numbers(self) -> int:
         """How many are finite and not zero; shares are of these."""
         return int(self.binades.sum())
@@ -141,6 +146,19 @@ def measure(x: Any, formats: Sequence[str]) -> Magnitudes:
     place = _place(magnitude_codes(x).ravel(), _cuts(none.formats))
     counts = none.counts.at[place].add(jnp.uint32(1), mode="promise_in_bounds")
     return none.replace(counts=counts)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def binades_of(x: Any) -> Array:
+    """[277] uint32: counts of the finite numbers other than zero for each power of two."""
+    return measure(x, ()).counts[3:].reshape(len(EXPONENTS), -1).sum(1, dtype=jnp.uint32)
+
+
+def thresholds(format: Any) -> tuple[int, int, int]:
+    """Float32 bits of magnitudes: the largest that flushes, the smallest normal, the smallest over."""
+    fmt = number_formats.format_of(format)
+    code = lambda x: int(np.float32(x).view(np.uint32))
+    over = ((fmt.max_exponent + 127) << 23) + _cut(fmt) if _cut(fmt) else _INFINITY
+    return code(fmt.flush_threshold), code(fmt.smallest_normal), over
 
 
 def empty(formats: Sequence[str]) -> Magnitudes:

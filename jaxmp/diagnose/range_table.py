@@ -46,7 +46,7 @@ def table(groups: Mapping[tuple[str, str], magnitudes.Magnitudes], formats: Sequ
         if (kind, name) in kept:
             shares = [found.shares(f) for f in formats]
             rows.append(
-                [kind, name or "(outside modules)", _span(found), f"{_percent(found)}%"]
+                [kind, _shortened(name), _span(found), f"{_percent(found)}%"]
                 + ["/".join(_short(part) for part in share) for share in shares]
             )
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -61,6 +61,10 @@ def _span(found: magnitudes.Magnitudes) -> str:
     """The smallest, middle and largest power of two."""
     text = f"{found.quantile(0)}…{found.quantile(0.5)}…{found.quantile(1)}" if found.numbers else ""
     return text + (f" +{found.not_finite} not finite" if found.not_finite else "")
+
+
+def _shortened(name: str) -> str:
+    return (name if len(name) <= 48 else "…" + name[-47:]) or "(outside modules)"
 
 
 def _percent(found: magnitudes.Magnitudes) -> str:

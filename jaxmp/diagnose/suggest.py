@@ -160,7 +160,8 @@ def suggestion(
 ) -> Suggestion:
     """What to do to train in a 16-bit format, from the ranges of arguments and of operations."""
     notes = []
-    if any(row.magnitudes.not_finite for row in (*given, *rows)):
+    # Infinities are common in masks; NaN and infinite gradients are not.
+    if any(r.magnitudes.nans or (r.kind == "gradient" and r.magnitudes.not_finite) for r in rows):
         notes.append("Not every number is finite as it is: look with blame_nonfinite first.")
     for row in given:
         if row.kind == "input" and row.magnitudes.shares(format).overflow:

@@ -194,15 +194,22 @@ def _variable(atom: Any) -> Any:
 
 
 def _scope(path: tuple) -> str:
-    names = "/".join(programs.scope(e) for e in path).split("/")
-    return "/".join(name for name in names if name and name != _RECOMPUTED)
+    """The module path of the last operation of `path`, the others being the calls around it.
+
+    Inside a call that was differentiated, operations may carry the path of the call as well.
+    """
+    names: list[str] = []
+    for eqn in path:
+        own = [name for name in programs.scope(eqn).split("/") if name and name != _RECOMPUTED]
+        differentiated = "(" in str(eqn.source_info.name_stack)
+        names = own if differentiated and own[: len(names)] == names else names + own
+    return "/".join(names)
 
 
 def _site(path: tuple, loops: tuple[str, ...]) -> Site:
     """The site of the last operation of `path`, the others being the calls around it."""
     eqn = path[-1]
-    names = "/".join(programs.scope(e) for e in path).split("/")
-    recomputed = _RECOMPUTED in names
+    recomputed = any(_RECOMPUTED in programs.scope(e).split("/") for e in path)
     backward = any("transpose(" in str(e.source_info.name_stack) for e in path)
     return Site(
         primitive=eqn.primitive.name,
