@@ -71,13 +71,15 @@ def exit_code_of(action: Callable[[], int], interrupted: str = "stopped.") -> in
     except (ConfigError, CheckpointError) as error:
         print(f"error: {shorten(str(error))}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
+    except SystemExit as answered:  # help was asked for, or no config was given
+        return int(answered.code or 0)
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return EXIT_KILLED
 
 
 def parse(arguments: Sequence[str], usage: str = USAGE) -> tuple[Config, str]:
-    """(config with the command line's overrides, its name). Raises ConfigError, or SystemExit(0) for help.
+    """(config with the command line's overrides, its name). Raises ConfigError, or SystemExit after help.
 
     The first line of `usage` is how the program is called; it is shown where nothing or --help comes.
     """

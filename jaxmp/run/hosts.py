@@ -130,10 +130,6 @@ def finish(action: Callable[[], int]) -> int:
     """
     try:
         code = action()
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 1
-        if not jax.distributed.is_initialized():
-            raise
     except BaseException:
         if not jax.distributed.is_initialized():
             raise
