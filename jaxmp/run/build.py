@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,15 @@ from jaxmp.training import mesh as meshes
 
 MODULES = {MLPConfig: MLP, ViTConfig: VisionTransformer, ResNetConfig: ResNet, GPTConfig: GPT}
 """The module that each model config describes."""
+
+CLIPS = {
+    "norm": optim.clip_by_global_norm,
+    "unit": optim.clip_by_unit_norm,
+    "value": optim.clip_by_value,
+    "zscore": optim.clip_by_zscore,
+    "quantile": optim.clip_by_quantile,
+}
+"""What `optimizer.clip_by` names, made of the number in `optimizer.clip`."""
 
 Step = Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
 
@@ -152,11 +162,13 @@ def schedule_of(config: Config) -> Callable[[Any], jax.Array]:
 def transformation(
     config: Config, schedule: Callable[[Any], jax.Array]
 ) -> optax.GradientTransformationExtraArgs:
-    """The optax chain of the config: replicas' sum, unscaling and guard, clipping, optimizer, decay."""
+    """The optax chain of the config: replicas' sum, unscaling and guards, clipping, optimizer, decay."""
     settings = config.optimizer
+    skip = functools.partial(optim.skip_outliers, factor=settings.skip_outliers)
     shared: dict[str, Any] = {
         "weight_decay": settings.weight_decay,
-        "clip": settings.clip or None,
+        "clip": CLIPS[settings.clip_by](settings.clip) if settings.clip else None,
+        "guard": skip if settings.skip_outliers else None,
         "ema": settings.ema or None,
         "loss_scale": configs.loss_scale_of(config),
     }
@@ -231,6 +243,14 @@ def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
     if experiment.shardings is not None:
         state = jax.tree.map(lambda x, s: x.update(sharding=s), state, experiment.shardings)
     return state, batch
+
+
+def whole_jit(experiment: Experiment, fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` compiled, its results whole on every device of the mesh."""
+    if experiment.shardings is None:
+        return jax.jit(fn)
+    mesh = jax.tree.leaves(experiment.shardings)[0].mesh
+    return jax.jit(fn, out_shardings=meshes.replicated(mesh))
 
 
 def first_state(experiment: Experiment) -> Any:

@@ -47,7 +47,13 @@ class OptimizerConfig:
     momentum: float = 0.9
     """SGD: decay of the velocity."""
     clip: float = 1.0
-    """Largest global norm of the gradient (0: no clipping)."""
+    """The limit of clipping (0: none), in what `clip_by` measures."""
+    clip_by: Literal["norm", "unit", "value", "zscore", "quantile"] = "norm"
+    """What is clipped: the global norm; each unit's norm, relative to its weights (AGC, such as 0.01); each
+    value; a global norm that lies so many deviations above its mean (ZClip, such as 2.5); or that lies
+    above this quantile of the newest ones (AutoClip, such as 0.9)."""
+    skip_outliers: float = 0.0
+    """Leave out steps whose gradient norm exceeds so many times its running mean, such as 10 (0: none)."""
     ema: float = 0.0
     """Decay of a running average of the parameters, evaluated beside them (0: none)."""
 
@@ -100,6 +106,8 @@ class LogConfig:
 
     every: int = 20
     """Steps between two lines, where the output is not a terminal."""
+    flow: int = 100
+    """Steps between two records of the gradients by depth, in instruments.jsonl (0: none)."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs tensorboardX)."""
     report: bool = True
@@ -203,8 +211,21 @@ def _plain(value: Any) -> Any:
 def difference(stored: dict[str, Any], config: Config) -> tuple[str, Any, Any] | None:
     """The first setting (key, stored, asked) by which a stored config is of another run, or None."""
     asked = to_json(config)
+    stored = _defaults(config) | stored  # an older version did not have all settings
     for key in (*asked, *(k for k in stored if k not in asked)):
         old, new = stored.get(key, "unset"), asked.get(key, "unset")
         if old != new and not key.startswith(RESUMABLE):
             return key, old, new
     return None
+
+
+def _defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The default of every setting that has one, by its dotted name."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            found |= _defaults(value, key + ".")
+        elif field.default is not dataclasses.MISSING:
+            found[key] = _plain(field.default)
+    return found

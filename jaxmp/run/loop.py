@@ -16,7 +16,18 @@ from typing import Any
 
 import jax
 
-from jaxmp.run import build, checkpoint, data, hosts, metrics, progress, signals, validate, workdir
+from jaxmp.run import (
+    build,
+    checkpoint,
+    data,
+    hosts,
+    instruments,
+    metrics,
+    progress,
+    signals,
+    validate,
+    workdir,
+)
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.run.watch import RunFailed, Watch
@@ -24,6 +35,8 @@ from jaxmp.training import mesh as meshes
 
 METRICS_FILE = "metrics.jsonl"
 EVAL_FILE = "eval.jsonl"
+INSTRUMENTS_FILE = "instruments.jsonl"
+"""Gradients by depth, every `log.flow` steps."""
 FIRST_KEYS = ("loss", "grad_norm", "loss_scale", "skipped", "learning_rate")
 """What every record has, in this order behind `step`; the model's own metrics and the speed follow."""
 
@@ -95,6 +108,7 @@ def _steps(
     """The loop itself: steps `done + 1` to the last, or to where it is asked to stop or fails."""
     config, saved = parts.config, done
     evaluate = meshes.in_turn(jax.jit(parts.evaluate))
+    flow = meshes.in_turn(build.whole_jit(parts, instruments.flow_of(parts)))
     validation = tuple(build.place_whole(parts, batch) for batch in parts.source.validation)
     meta = {"config": configs.to_json(config)}
     recorder.ready()
@@ -103,9 +117,12 @@ def _steps(
         for index in range(done, config.steps):
             if hosts.stopping(stop, done):
                 break
-            state, step_metrics = step(state, build.place(parts, parts.source.batch_at(index)))
+            batch = build.place(parts, parts.source.batch_at(index))
+            state, step_metrics = step(state, batch)
             done = index + 1
             recorder.step(done, step_metrics)
+            if _due(done, config.log.flow):
+                recorder.flow(done, flow(state, batch))
             last = done == config.steps
             if last or _due(done, config.eval.every):
                 recorder.flush()
@@ -144,7 +161,9 @@ class Recorder:
         self._units = config.batch_size * source.units_per_example
         self._shown = shown
         self._steps, self._evals, self._board = metrics.Nowhere(), metrics.Nowhere(), None
+        self._instruments: metrics.Writer = metrics.Nowhere()
         if hosts.is_first():
+            self._instruments = metrics.JsonLines(where / INSTRUMENTS_FILE, after=done)
             self._steps = metrics.JsonLines(where / METRICS_FILE, after=done)
             self._evals = metrics.JsonLines(where / EVAL_FILE, after=done)
         if hosts.is_first() and config.log.tensorboard:
@@ -159,6 +178,7 @@ class Recorder:
         evaluations = hosts.first(lambda: metrics.read(where / EVAL_FILE)[-1:])
         self.newest: dict[str, Any] = next(iter(evaluations), {})
         self._pending: tuple[int, Any] | None = None
+        self._flow: tuple[int, Any] | None = None
         self._clock = time.perf_counter()
 
     def step(self, number: int, values: dict[str, jax.Array]) -> None:
@@ -166,6 +186,10 @@ class Recorder:
         before, self._pending = self._pending, (number, values)
         if before is not None:
             self._record(*before)
+
+    def flow(self, number: int, flows: Any) -> None:
+        """Takes the gradients by depth at a step that `step` took; they are recorded with it."""
+        self._flow = number, flows
 
     def flush(self) -> None:
         """Waits for the newest step and records it. Raises RunFailed if the run has gone wrong."""
@@ -176,8 +200,8 @@ class Recorder:
     def sync(self) -> None:
         """As `flush`, and all records are on the disk when it returns."""
         self.flush()
-        self._steps.sync()
-        self._evals.sync()
+        for writer in (self._steps, self._evals, self._instruments):
+            writer.sync()
 
     def ready(self) -> None:
         """Starts the clock anew if nothing is in flight, so that pauses do not count as steps."""
@@ -195,7 +219,7 @@ class Recorder:
     def close(self) -> None:
         """Closes the files."""
         self._watchdog.close()
-        for writer in (self._steps, self._evals, self._board):
+        for writer in (self._steps, self._evals, self._instruments, self._board):
             if writer is not None:
                 writer.close()
 
@@ -209,6 +233,12 @@ class Recorder:
         self._steps.write(record)
         if self._board is not None:
             self._board.write(record)
+        if self._flow is not None and self._flow[0] == number:
+            (_, flows), self._flow = self._flow, None
+            by_depth = {"step": number, **instruments.scalars(*jax.device_get(flows))}
+            self._instruments.write(by_depth)
+            if self._board is not None:
+                self._board.write(by_depth)
         self._shown.step(record)
         self._watch.see(record)
 

@@ -36,6 +36,7 @@ _BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.eps", lambda x: x > 0, "above 0, such as 1e-8"),
     ("optimizer.momentum", lambda x: 0 <= x < 1, "in [0, 1), such as 0.9"),
     ("optimizer.clip", lambda x: x >= 0, "at least 0 (0: no clipping)"),
+    ("optimizer.skip_outliers", lambda x: x == 0 or x > 1, "above 1, such as 10 (0: no skipping)"),
     ("optimizer.ema", lambda x: 0 <= x < 1, "in [0, 1) (0: no average), such as 0.999"),
     ("loss_scale.initial", lambda x: x > 0, "above 0, such as 32768"),
     ("loss_scale.period", lambda x: x >= 1, "at least 1, such as 2000"),
@@ -48,6 +49,7 @@ _BOUNDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("checkpoint.keep_every", lambda x: x >= 0, "at least 0 (0: none)"),
     ("eval.every", lambda x: x >= 0, "at least 0 (0: only at the end)"),
     ("log.every", lambda x: x >= 1, "at least 1"),
+    ("log.flow", lambda x: x >= 0, "at least 0 (0: none)"),
     ("log.stall", lambda x: x >= 0, "at least 0 (0: never), in seconds"),
 )
 
@@ -68,6 +70,7 @@ def check(config: Any) -> None:
         _check_batch,
         _check_mesh,
         _check_schedule,
+        _check_clip,
         _check_loss_scale,
         _check_pair,
     ):
@@ -198,6 +201,15 @@ def _check_schedule(config: Config) -> None:
         raise ConfigError(
             f"optimizer.warmup={rate.warmup:g} and optimizer.decay_steps={rate.decay_steps} do not fit into "
             f"steps={steps}; write smaller ones, such as decay_steps={max(1, steps // 5)}."
+        )
+
+
+def _check_clip(config: Config) -> None:
+    rate = config.optimizer
+    if rate.clip_by == "quantile" and rate.clip > 1:
+        raise ConfigError(
+            f"optimizer.clip={rate.clip:g} is no quantile, which optimizer.clip_by=quantile asks for; "
+            "write one up to 1, such as 0.9, or another clip_by."
         )
 
 

@@ -83,6 +83,47 @@ def test_in_float32_replicas_change_nothing():
     close(one[3]["grad_norm"], many[3]["grad_norm"])
 
 
+def update_norms(gradient_norms, **settings):
+    """The norm of the update that the config's chain makes of each gradient, by plain descent at a rate of 1."""
+    plain = OptimizerConfig("sgd", learning_rate=1.0, schedule="constant", momentum=0.0)
+    config = dataclasses.replace(
+        digits_mlp_float32.get_config(), optimizer=dataclasses.replace(plain, **settings)
+    )
+    tx = build.transformation(config, build.schedule_of(config))
+    params = {"w": jnp.array([3.0, 4.0])}
+    state, update, found = tx.init(params), jax.jit(tx.update), []
+    for norm in gradient_norms:
+        updates, state = update({"w": norm * jnp.array([0.6, 0.8])}, state, params)
+        found.append(float(jnp.linalg.norm(updates["w"])))
+    return np.array(found)
+
+
+# Thirty gradients of norm 1, but for two of 1.1, and a last one of 100.
+SPIKE = [1.0] * 10 + [1.1] * 2 + [1.0] * 18 + [100.0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        ({"clip": 0.0}, 100.0),
+        ({"clip": 2.0}, 2.0),
+        ({"clip": 0.5, "clip_by": "value"}, 0.5 * 2**0.5),
+        ({"clip": 0.01, "clip_by": "unit"}, 0.01 * 5),
+        ({"clip": 0.5, "clip_by": "quantile"}, 1.0),
+        ({"clip": 0.0, "skip_outliers": 10.0}, 0.0),
+    ],
+    ids=lambda value: ",".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_what_a_config_says_against_a_spike_is_done(settings, last):
+    np.testing.assert_allclose(update_norms(SPIKE, **settings)[-1], last, rtol=1e-5)
+
+
+def test_a_zscore_clips_a_spike_to_the_neighbourhood_of_the_mean():
+    *before, last = update_norms(SPIKE, clip=2.5, clip_by="zscore")
+    np.testing.assert_allclose(before, SPIKE[:-1], rtol=1e-5)
+    assert 1.0 < last < 1.01
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "rsqrt", "constant", "stable_decay"])
 def test_schedules_begin_at_zero_and_reach_their_peak(schedule):
     config = dataclasses.replace(

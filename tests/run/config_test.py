@@ -97,6 +97,14 @@ def test_another_model_is_another_run():
     assert found == ("model", "MLPConfig", "ViTConfig")
 
 
+def test_a_run_of_a_version_without_a_setting_had_its_default():
+    stored = configs.to_json(DIGITS)
+    del stored["optimizer.skip_outliers"]
+    assert configs.difference(stored, DIGITS) is None
+    asked = changed(DIGITS, "optimizer.skip_outliers", 10.0)
+    assert configs.difference(stored, asked) == ("optimizer.skip_outliers", 0.0, 10.0)
+
+
 def test_shipped_settings_are_valid():
     validate.check(DIGITS)
     validate.check(TEXT)

@@ -167,6 +167,22 @@ def test_crashed_and_resumed_is_bit_identical(undisturbed, tmp_path, after):
     assert_same_run(tmp_path, reference, config)
 
 
+def test_gradients_by_depth_are_recorded_each_once_and_change_nothing(undisturbed, tmp_path):
+    config, reference = undisturbed
+    with_flow = dataclasses.replace(config, log=dataclasses.replace(config.log, flow=3))
+    stop = StopRequest()
+    source = source_of(with_flow, 6, lambda: stop.ask("SIGTERM"))
+    assert run_in(tmp_path, with_flow, stop=stop, source=source).step == 7
+    with (tmp_path / "instruments.jsonl").open("a") as file:
+        file.write('{"step": 9}\n')  # behind the checkpoint
+    run_in(tmp_path, with_flow)
+    found = records(tmp_path, "instruments.jsonl")
+    assert [record["step"] for record in found] == [3, 6, 9]
+    assert found[0]["grad_rms/head"] is None  # the loss scale overflows at first
+    assert all(record["flow/head"] > 0 and record["grad_rms/head"] > 0 for record in found[1:])
+    assert_same_run(tmp_path, reference, config)
+
+
 def test_records_are_on_disk_before_the_checkpoint_that_contains_them(tmp_path, monkeypatch):
     seen = []
     save = checkpoint.CheckpointStore.save
