@@ -84,7 +84,7 @@ def test_in_float32_replicas_change_nothing():
 
 
 def update_norms(gradient_norms, **settings):
-    """The norm of the update that the config's chain makes of each gradient, by plain descent at a rate of 1."""
+    """The norms of what the config's chain makes of gradients, by plain descent at a rate of 1."""
     plain = OptimizerConfig("sgd", learning_rate=1.0, schedule="constant", momentum=0.0)
     config = dataclasses.replace(
         digits_mlp_float32.get_config(), optimizer=dataclasses.replace(plain, **settings)
