@@ -7,6 +7,7 @@ from jaxmp import optim as optim
 from jaxmp import plan as plan
 from jaxmp import precision as precision
 from jaxmp import training as training
+from jaxmp.diagnose.blame import blame_nonfinite as blame_nonfinite
 from jaxmp.diagnose.flow import gradient_flow as gradient_flow
 from jaxmp.diagnose.ranges import audit_ranges as audit_ranges
 from jaxmp.diagnose.spectrum import homogeneity_degree as homogeneity_degree

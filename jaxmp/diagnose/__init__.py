@@ -1,5 +1,7 @@
 """Where was range lost?"""
 
+from jaxmp.diagnose.blame import blame_nonfinite as blame_nonfinite
+from jaxmp.diagnose.fault import Blame as Blame
 from jaxmp.diagnose.flow import GradientFlow as GradientFlow
 from jaxmp.diagnose.flow import flow_at_taps as flow_at_taps
 from jaxmp.diagnose.flow import gradient_flow as gradient_flow

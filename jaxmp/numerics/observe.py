@@ -66,6 +66,14 @@ class Site:
     """The program's inputs that are operands, as they are or moved, as a layer reads its parameters."""
     narrowed: tuple[Narrowing, ...] = ()
     """Where its results, as they are or moved, are converted to a smaller float."""
+    for_gradient: bool = False
+    """Whether only the backward pass uses what it gives. A derivative such as that of a power is
+    computed in the forward phase, where its argument is at hand."""
+
+    @property
+    def direction(self) -> str:
+        """ "backward" for all that is done for gradients alone, computed anew or ahead, else "forward"."""
+        return "forward" if self.phase == "forward" and not self.for_gradient else "backward"
 
 
 class Narrowing(NamedTuple):
@@ -92,7 +100,8 @@ class Probe(NamedTuple):
 def sites(program: programs.Program) -> list[Site]:
     """The operations of a program in the order in which it runs them, those of inner programs too."""
     reads = [frozenset({i}) for i in range(len(program.jaxpr.invars))]
-    return list(_sites(program, (), (), reads))
+    wanted = [True] * len(program.jaxpr.outvars)
+    return list(_sites(program, (), (), reads, wanted=wanted))
 
 
 def narrowed_inputs(program: programs.Program) -> list[tuple[Narrowing, ...]]:
@@ -131,31 +140,39 @@ def _sites(
     loops: tuple[str, ...],
     reads: Sequence[frozenset[int]] = (),
     narrowed: Sequence[tuple[Narrowing, ...]] = (),
+    wanted: Sequence[bool] = (),
 ) -> Iterator[Site]:
     """The sites of a program inside the operations `around` it.
 
     `reads` says which inputs of the outermost program its inputs are, `narrowed` where its results are
-    converted.
+    converted, `wanted` which of its results are there not for gradients alone.
     """
     jaxpr = program.jaxpr
     inputs = dict(zip(jaxpr.invars, reads))
     results = {v: n for v, n in zip(jaxpr.outvars, narrowed) if not programs.is_literal(v)}
     later = _narrowings(program, around, results)
+    useful = _useful(program, around, wanted)
     for eqn in jaxpr.eqns:
         found = [inputs.get(a, frozenset()) for a in map(_variable, eqn.invars)]
-        call = _walked(eqn)
+        call = walked(eqn)
         if call is None:
             site, read = _site((*around, eqn), loops), frozenset().union(*found)
             if eqn.primitive.name in MOVES:
                 inputs[eqn.outvars[0]] = read
             narrowings = itertools.chain(*(later.get(v, ()) for v in eqn.outvars))
-            yield dataclasses.replace(site, reads=read, narrowed=tuple(narrowings))
+            yield dataclasses.replace(
+                site,
+                reads=read,
+                narrowed=tuple(narrowings),
+                for_gradient=not any(v in useful for v in eqn.outvars),
+            )
             continue
         inner = (*loops, call.kind) if call.kind in ("scan", "while") else loops
-        for body in _looked_at(call):
+        for body in looked_at(call):
             operands = [found[i] for i in body.operands]
             to = [later.get(v, ()) for v in eqn.outvars]
-            yield from _sites(body.program, (*around, eqn), inner, operands, to)
+            asked = _asked(eqn, call, body, useful)
+            yield from _sites(body.program, (*around, eqn), inner, operands, to, asked)
 
 
 def _narrowings(
@@ -165,7 +182,7 @@ def _narrowings(
     found = dict(found)
     for eqn in reversed(program.jaxpr.eqns):
         operands, here = [_variable(a) for a in eqn.invars], ()
-        if call := _walked(eqn):
+        if call := walked(eqn):
             for body in call.bodies:
                 inner = _narrowings(body.program, (*around, eqn), {})
                 for operand, variable in zip(body.operands, body.program.jaxpr.invars):
@@ -181,6 +198,47 @@ def _narrowings(
         for variable in operands:
             _add(found, variable, here)
     return found
+
+
+def _useful(program: programs.Program, around: tuple, wanted: Sequence[bool]) -> set:
+    """The variables that lead to a wanted result, or to one that nothing uses, but through gradients.
+
+    (A program that gives gradients alone computes the loss as well, and does not use it.)
+    """
+    jaxpr = program.jaxpr
+    used = {v for eqn in jaxpr.eqns for v in map(_variable, eqn.invars) if v is not None}
+    used.update(v for v in map(_variable, jaxpr.outvars) if v is not None)
+    found = {v for v, asked in zip(jaxpr.outvars, wanted) if asked and not programs.is_literal(v)}
+    for eqn in reversed(jaxpr.eqns):
+        found.update(v for v in eqn.outvars if v not in used)
+        if _phase((*around, eqn)) != "forward" or not any(v in found for v in eqn.outvars):
+            continue
+        operands, call = [_variable(a) for a in eqn.invars], walked(eqn)
+        if call is None:
+            found.update(v for v in operands if v is not None)
+            continue
+        fed = {i for body in call.bodies if body.gives_results for i in body.operands}
+        found.update(v for i, v in enumerate(operands) if i not in fed and v is not None)
+        for body in looked_at(call):
+            inner = _useful(body.program, (*around, eqn), _asked(eqn, call, body, found))
+            for operand, variable in zip(body.operands, body.program.jaxpr.invars):
+                if variable in inner and operands[operand] is not None:
+                    found.add(operands[operand])
+    return found
+
+
+def _asked(eqn: Any, call: programs.Call, body: programs.Body, useful: set) -> list[bool]:
+    """Which results of a body are useful, given the useful variables around the call."""
+    asked = [v in useful for v in eqn.outvars]
+    place = dict(zip(body.operands, body.program.jaxpr.invars))
+    before = None
+    while before != asked:  # what a loop carries is useful if the next round makes use of it
+        before = list(asked)
+        if call.carries:
+            inner = _useful(body.program, (eqn,), asked)
+            for result, operand in call.carries:
+                asked[result] |= place[operand] in inner
+    return asked
 
 
 def _add(found: dict, variable: Any, more: tuple[Narrowing, ...]) -> None:
@@ -209,33 +267,41 @@ def _scope(path: tuple) -> str:
 def _site(path: tuple, loops: tuple[str, ...]) -> Site:
     """The site of the last operation of `path`, the others being the calls around it."""
     eqn = path[-1]
-    recomputed = any(_RECOMPUTED in programs.scope(e).split("/") for e in path)
-    backward = any("transpose(" in str(e.source_info.name_stack) for e in path)
     return Site(
         primitive=eqn.primitive.name,
         scope=_scope(path),
-        phase="recomputed" if recomputed else "backward" if backward else "forward",
-        source=source_of(eqn),
+        phase=_phase(path),
+        # Of a library's function that is under jit the operations know lines of the library alone.
+        source=next(filter(None, map(source_of, reversed(path))), ""),
         loops=loops,
         inputs=tuple(a if programs.is_literal(a) else a.aval for a in eqn.invars),
         outputs=tuple(a.aval for a in eqn.outvars),
     )
 
 
-def _walked(eqn: Any) -> programs.Call | None:
+def _phase(path: tuple) -> str:
+    """The phase of the last operation of `path`, the others being the calls around it."""
+    if any(_RECOMPUTED in programs.scope(e).split("/") for e in path):
+        return "recomputed"
+    backward = any("transpose(" in str(e.source_info.name_stack) for e in path)
+    return "backward" if backward else "forward"
+
+
+def walked(eqn: Any) -> programs.Call | None:
+    """How an operation uses its programs, if it is walked through; None if it is looked at from outside."""
     call = programs.call_of(eqn)
     return call if call is not None and call.kind in _WALKED else None
 
 
-def _looked_at(call: programs.Call) -> list[programs.Body]:
-    """The bodies that are observed: not a loop's condition, which decides and computes nothing."""
+def looked_at(call: programs.Call) -> list[programs.Body]:
+    """The bodies that have sites: not a loop's condition, which decides and computes nothing."""
     return [body for body in call.bodies if body.gives_results]
 
 
-def _count(program: programs.Program) -> int:
+def count(program: programs.Program) -> int:
     """The number of sites in a program."""
-    calls = (_walked(eqn) for eqn in program.jaxpr.eqns)
-    return sum(1 if c is None else sum(_count(b.program) for b in _looked_at(c)) for c in calls)
+    calls = (walked(eqn) for eqn in program.jaxpr.eqns)
+    return sum(1 if c is None else sum(count(b.program) for b in looked_at(c)) for c in calls)
 
 
 class _Observer:
@@ -253,13 +319,13 @@ class _Observer:
         remaining, records = iter(places), []
         for eqn in program.jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            call = _walked(eqn)
+            call = walked(eqn)
             with programs.location(eqn):
                 if call is None:
                     results = [_held(x) for x in programs.bind(eqn, operands)]
                     records.append(self.probe.look(next(remaining), operands, results))
                 else:
-                    counts = [_count(body.program) for body in _looked_at(call)]
+                    counts = [count(body.program) for body in looked_at(call)]
                     inner = [list(itertools.islice(remaining, count)) for count in counts]
                     enter = {"scan": self._scan, "while": self._while, "cond": self._cond}
                     results, found = enter.get(call.kind, self._plain)(
