@@ -97,7 +97,9 @@ def by_depth(
         axes.plot(place, series, "o-", color=color, markersize=4, linewidth=1.3, label=label)
     if logarithmic and any(np.any(np.asarray(series) > 0) for series in values.values()):
         axes.set_yscale("log")
-    axes.set_xticks(place, names, rotation=35, ha="right", fontsize=7.5)
+    level = sum(map(len, names)) < 70
+    turned = {} if level else {"rotation": 35, "ha": "right"}
+    axes.set_xticks(place, names, fontsize=7.5, **turned)
     axes.set_ylabel(ylabel, color=INK, fontsize=9)
     if len(values) > 1:
         axes.legend(frameon=False, fontsize=9)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxmp.numerics import tree as trees
@@ -39,7 +40,7 @@ def blocks_of(fn: Callable, *args: Any, **kwargs: Any) -> list[Block]:
     """The blocks that run when `fn`, which applies a Linen model, is called: in that order."""
     kinds: dict[str, str] = {}
 
-    def inputs() -> dict[str, Any]:
+    def inputs(args: Any, kwargs: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
 
         def look(name: str, kind: str, run: Callable[[Any], Any], x: Any) -> Any:
@@ -50,6 +51,19 @@ def blocks_of(fn: Callable, *args: Any, **kwargs: Any) -> list[Block]:
 
         _intercepted(fn, look)(*args, **kwargs)
         return found
+
+    def flowed_in() -> dict[str, Any]:
+        # Arrays come in as arguments: of constants a compiler would compute the whole model itself.
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        arrays = {
+            i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)
+        }
+
+        def run(arrays: dict[int, Any]) -> dict[str, Any]:
+            filled = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+            return inputs(*jax.tree.unflatten(tree, filled))
+
+        return jax.jit(run)(arrays)
 
     def only(wanted: str) -> Callable[[Any], Any]:
         def apply(given: Any) -> Any:
@@ -67,7 +81,7 @@ def blocks_of(fn: Callable, *args: Any, **kwargs: Any) -> list[Block]:
 
         return apply
 
-    flowed = jax.jit(inputs)()
+    flowed = flowed_in()
     return [Block(name, kind, only(name), flowed[name]) for name, kind in kinds.items()]
 
 

@@ -81,18 +81,49 @@ def open_store(
     return CheckpointStore(Path(directory).resolve(), every, keep, keep_every)
 
 
+def read(
+    directory: str | os.PathLike[str], abstract_state: Any, step: int | None = None
+) -> Restored:
+    """The checkpoint of a step, without one the newest, verified; a run may go on beside this.
+
+    Nothing in the directory is changed or set aside. Raises CheckpointError, with what there is, where
+    the checkpoint is absent or damaged, and CheckpointMismatchError as `restore_latest` does.
+    """
+    place = Path(directory).resolve()
+    with CheckpointStore(place, 0, 1, 0, read_only=True) as store:
+        steps = store.steps()
+        if not steps or step not in (None, *steps):
+            there = f"there are {', '.join(map(str, steps))}" if steps else "there is none at all"
+            what = "no checkpoint" if step is None else f"no checkpoint {step}"
+            raise CheckpointError(f"There is {what} in {place}; {there}.")
+        step = steps[-1] if step is None else step
+        wanted = records.named(abstract_state)
+        try:
+            arrays, record = store._read(step, wanted)
+        except _Damage as damage:
+            raise CheckpointError(
+                f"Checkpoint {step} in {place} is damaged: {damage}. "
+                f"There are {', '.join(map(str, steps))}."
+            ) from damage
+        return Restored(step, _filled(abstract_state, wanted, arrays), record["meta"], [])
+
+
 class CheckpointStore:
     """Saves states of a run by step, and restores the newest that is whole; see `open_store`."""
 
-    def __init__(self, directory: Path, every: int, keep: int, keep_every: int):
+    def __init__(
+        self, directory: Path, every: int, keep: int, keep_every: int, read_only: bool = False
+    ):
         self.directory = directory
         self.notes: list[str] = []
         """All there was to tell, also when `restore_latest` found nothing to restore."""
         self._every, self._keep, self._keep_every = every, keep, keep_every
         self._manager: Any = None
         self._finishing: tuple[int, concurrent.futures.Future[None]] | None = None
-        directory.mkdir(parents=True, exist_ok=True)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if read_only:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
         for step in hosts.first(self._clear_interrupted):
             self.notes.append(
                 f"the run was killed while it saved checkpoint {step}; "
@@ -174,8 +205,7 @@ class CheckpointStore:
                     "all of it is there and agrees with its fingerprints"
                 )
             self._note_resume(step, record["versions"])
-            found = [leaves.from_array(leaf, arrays.get(name)) for name, leaf in wanted.items()]
-            state = jax.tree.unflatten(jax.tree.structure(abstract_state), found)
+            state = _filled(abstract_state, wanted, arrays)
             return Restored(step, state, record["meta"], list(self.notes))
         self._refuse_to_begin_anew()
         return None
@@ -339,6 +369,7 @@ class CheckpointStore:
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                 enable_async_checkpointing=True,
+                create=False,
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         return self._manager
@@ -354,7 +385,8 @@ class CheckpointStore:
 
     def _folders(self) -> list[int]:
         """Steps that have a folder, oldest first, finished or not, whole or not."""
-        names = (place.name for place in self.directory.iterdir() if place.is_dir())
+        places = self.directory.iterdir() if self.directory.is_dir() else ()
+        names = (place.name for place in places if place.is_dir())
         return sorted(int(name) for name in names if re.fullmatch(r"0|[1-9][0-9]*", name))
 
     def _clear_interrupted(self) -> list[int]:
@@ -369,6 +401,12 @@ class CheckpointStore:
             if not folder.exists() or (folder / manifest.NAME).exists():
                 journal.unlink()
         return sorted(interrupted)
+
+
+def _filled(abstract_state: Any, wanted: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    """The state, of the arrays by name."""
+    found = [leaves.from_array(leaf, arrays.get(name)) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), found)
 
 
 def _reason(error: BaseException) -> str:

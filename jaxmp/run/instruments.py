@@ -80,9 +80,11 @@ def gains_of(
     Local figures, at the inputs that `examples` of the batch give each block, in float32 and as in
     evaluation: nothing is random. The degree is that of the whole at the first example.
     """
-    inputs = batch["inputs"]
+    inputs = batch["inputs"][:examples]
+    keywords = linen.train_argument(parts.model, False)
+    variables = {"params": state.params, **state.model_state}
+    found = blocks.blocks_of(parts.model.apply, variables, inputs, **keywords)
     apply = evaluated(parts, state)
-    found = blocks.blocks_of(apply, inputs)
 
     def of(fn: Callable[[Any], Any], x: jax.Array) -> layer_gains.Gains:
         one = lambda example: fn(example[None])[0]
@@ -94,9 +96,9 @@ def gains_of(
         swap = lambda name, own: x if name == first.name else own
         return blocks.with_inputs(apply, swap)(inputs)
 
-    per_block = {block.name: of(block.apply, block.input[:examples]) for block in found}
+    per_block = {block.name: of(block.apply, block.input) for block in found}
     degree = jax.jit(spectrum.homogeneity_degree, static_argnums=0)(rest, first.input[:1])
-    return per_block, of(rest, first.input[:examples]), degree
+    return per_block, of(rest, first.input), degree
 
 
 def attention_of(parts: build.Experiment, state: Any, batch: Any) -> list[Attention]:

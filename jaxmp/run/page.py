@@ -24,6 +24,7 @@ table { border-collapse: collapse; background: #fff; border: 1px solid #e3e8ee; 
 td, th { padding: .25rem .9rem; border-bottom: 1px solid #eef1f4; text-align: left; }
 pre { background: #fff; border: 1px solid #e3e8ee; border-radius: 8px; padding: .8rem 1rem; overflow-x: auto;
   font: 12.5px/1.45 ui-monospace, monospace; }
+summary { cursor: pointer; color: #2563a8; margin: .8rem 0; }
 .settings { columns: 2; } .settings div { break-inside: avoid; font: 13px/1.6 ui-monospace, monospace; }
 """
 
@@ -63,6 +64,11 @@ def paragraph(text: str) -> str:
 def listing(text: str) -> str:
     """Text as it was written, in a typewriter's letters."""
     return f"<pre>{_text(text)}</pre>"
+
+
+def folded(summary: str, inner: str) -> str:
+    """HTML that shows when its summary is clicked."""
+    return f"<details><summary>{_text(summary)}</summary>{inner}</details>"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -74,6 +74,28 @@ def restore(directory, wanted=None) -> checkpoint.Restored | None:
 # Saving and restoring.
 
 
+def test_reading_changes_nothing_and_damage_is_told(saved):
+    wanted = jax.eval_shape(lambda: state_at(0))
+    interrupted = saved / "40.saving"
+    interrupted.write_text("a run beside this saves")
+    files = lambda: sorted(str(path) for path in saved.rglob("*"))
+    before = files()
+    assert_same(checkpoint.read(saved, wanted).state, state_at(30))
+    read = checkpoint.read(saved, wanted, 10)
+    assert (read.step, read.meta) == (10, META | {"at": 10})
+    assert_same(read.state, state_at(10))
+    with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint 15 in .* 10, 20, 30"):
+        checkpoint.read(saved, wanted, 15)
+    with pytest.raises(checkpoint.CheckpointError, match="there is none at all"):
+        checkpoint.read(saved / "nowhere", wanted)
+    assert files() == before
+    DAMAGES["truncated file"](saved / "30")
+    before = files()
+    with pytest.raises(checkpoint.CheckpointError, match=r"Checkpoint 30 in .* is damaged"):
+        checkpoint.read(saved, wanted)
+    assert files() == before
+
+
 def test_the_newest_state_comes_back_bit_for_bit(saved):
     restored = restore(saved)
     assert (restored.step, restored.meta, restored.notes) == (30, META | {"at": 30}, [])
