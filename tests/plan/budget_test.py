@@ -84,6 +84,12 @@ def test_scaling_the_loss_moves_nothing_more(target, attention):
     assert scaled.temporary_bytes <= 1.005 * plain.temporary_bytes
 
 
+def test_16_bits_save_activations_and_no_state():
+    half, full = (report("gpu-h100", "xla", row) for row in ("jaxmp bfloat16", "hand float32"))
+    assert half.argument_bytes == pytest.approx(full.argument_bytes, rel=1e-3)
+    assert half.temporary_bytes < 0.7 * full.temporary_bytes
+
+
 @pytest.mark.parametrize("attention", ["xla", "cudnn"])
 def test_all_of_float16_costs_little_beside_a_bare_bfloat16_step(attention):
     # Scaling, check, clip and skip against none of them. What is left is the pass over the gradients
