@@ -108,6 +108,8 @@ class LogConfig:
     """Steps between two lines, where the output is not a terminal."""
     flow: int = 100
     """Steps between two records of the gradients by depth, in instruments.jsonl (0: none)."""
+    blame: bool = True
+    """At the first step that is not finite and that no loss scale could mend, find the operation."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs tensorboardX)."""
     report: bool = True

@@ -19,6 +19,7 @@ import jax
 from jaxmp.run import (
     build,
     checkpoint,
+    culprit,
     data,
     hosts,
     instruments,
@@ -120,7 +121,7 @@ def _steps(
             batch = build.place(parts, parts.source.batch_at(index))
             state, step_metrics = step(state, batch)
             done = index + 1
-            recorder.step(done, step_metrics)
+            recorder.step(done, step_metrics, state)
             if _due(done, config.log.flow):
                 recorder.flow(done, flow(state, batch))
             last = done == config.steps
@@ -169,6 +170,7 @@ class Recorder:
         if hosts.is_first() and config.log.tensorboard:
             self._board = metrics.TensorBoard(where / "tensorboard", after=done)
         self._watch = Watch(config)
+        self._culprit = culprit.Culprit(parts, where)
         self._watchdog = hosts.Watchdog(config.log.stall)
         # One short of what ends a run: it went on after these.
         newest = collections.deque[Any](maxlen=config.loss_scale.patience - 1)
@@ -178,12 +180,13 @@ class Recorder:
         evaluations = hosts.first(lambda: metrics.read(where / EVAL_FILE)[-1:])
         self.newest: dict[str, Any] = next(iter(evaluations), {})
         self._pending: tuple[int, Any] | None = None
+        self._state: Any = None
         self._flow: tuple[int, Any] | None = None
         self._clock = time.perf_counter()
 
-    def step(self, number: int, values: dict[str, jax.Array]) -> None:
-        """Takes the metrics of a step that may still be running; records those of the step before."""
-        before, self._pending = self._pending, (number, values)
+    def step(self, number: int, values: dict[str, jax.Array], state: Any) -> None:
+        """Takes metrics and state of a step that may still be running; records the step before."""
+        before, self._pending, self._state = self._pending, (number, values), state
         if before is not None:
             self._record(*before)
 
@@ -240,6 +243,9 @@ class Recorder:
             if self._board is not None:
                 self._board.write(by_depth)
         self._shown.step(record)
+        if note := self._culprit.see(record, self._state, self._pending and self._pending[1]):
+            self._shown.note(note)
+            self._clock = time.perf_counter()
         self._watch.see(record)
 
 

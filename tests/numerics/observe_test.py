@@ -156,3 +156,25 @@ def test_a_site_knows_the_inputs_it_reads_and_where_its_results_are_narrowed():
     assert found["dot_general"].narrowed == ()
     narrowing = lambda w: jax.jit(lambda v: v.T.astype(jnp.bfloat16))(w)
     assert narrowed_inputs(programs.trace(narrowing)(args[1])[0]) == [(("bfloat16", ""),)]
+
+
+def test_what_is_for_gradients_alone_is_backward_wherever_it_is_done():
+    """The derivative of a power is computed in the forward phase, also in a scan, and under remat anew."""
+
+    def told(fn, of=jax.value_and_grad):
+        program, _ = programs.trace(of(fn))(jnp.ones([3]))
+        found = [s for s in sites(program) if s.primitive in ("pow", "reduce_sum")]
+        return [(s.primitive, s.phase, s.direction) for s in found]
+
+    power = lambda x: x**0.3
+    scan = lambda body: (
+        lambda x: jnp.sum(jax.lax.scan(lambda c, _: (body(c), None), x, length=3)[0])
+    )
+    forward, ahead = ("pow", "forward", "forward"), ("pow", "forward", "backward")
+    total = ("reduce_sum", "forward", "forward")
+    for of in (jax.value_and_grad, jax.grad):
+        assert told(lambda x: jnp.sum(power(x)), of) == [forward, ahead, total]
+        assert told(scan(power), of) == [forward, ahead, total]
+    anew = ("pow", "recomputed", "backward")
+    assert told(scan(jax.checkpoint(power))) == [forward, total, anew]
+    assert told(lambda x: jnp.sum(power(x)), lambda fn: fn) == [forward, total]
