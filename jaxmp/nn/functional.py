@@ -154,6 +154,66 @@ def _layer_norm_jvp(epsilon, primals, tangents):
     return layer_norm(x, scale, bias, epsilon), tangent.astype(x.dtype)
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def rms_norm(x: Array, scale: Array, epsilon: float = 1e-5) -> Array:
+    """Gives x / sqrt(mean(x^2) + epsilon) * scale over its last axis; the mean in float32.
+
+    x: [..., D]; scale: [D]. Kept for the backward pass: x in its own dtype, one float32 number per row.
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    return (_wide(x) * _inverse_rms(x, epsilon) * _wide(scale)).astype(x.dtype)
+
+
+def _inverse_rms(x: Array, epsilon: float) -> Array:
+    return lax.rsqrt(jnp.mean(jnp.square(_wide(x)), axis=-1, keepdims=True) + epsilon)
+
+
+@rms_norm.defjvp
+def _rms_norm_jvp(epsilon, primals, tangents):
+    (x, scale), (dx, dscale) = primals, tangents
+    inverse = _inverse_rms(x, epsilon)
+    normal = _wide(lax.optimization_barrier(x)) * inverse
+    dx32 = _wide(dx)
+    dnormal = inverse * (dx32 - normal * jnp.mean(normal * dx32, axis=-1, keepdims=True))
+    tangent = dnormal * _wide(scale) + normal * _wide(dscale)
+    return rms_norm(x, scale, epsilon), tangent.astype(x.dtype)
+
+
+@jax.custom_jvp
+def swiglu(gate: Array, up: Array) -> Array:
+    """Gives silu(gate) * up, computed in float32; only the two arguments are kept for the backward pass.
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    gate32 = _wide(gate)
+    return (gate32 * jax.nn.sigmoid(gate32) * _wide(up)).astype(gate.dtype)
+
+
+@swiglu.defjvp
+def _swiglu_jvp(primals, tangents):
+    (gate, up), (dgate, dup) = primals, tangents
+    gate32, up32 = (_wide(lax.optimization_barrier(x)) for x in (gate, up))
+    share = jax.nn.sigmoid(gate32)
+    slope = share * (1 + gate32 * (1 - share))
+    tangent = slope * up32 * _wide(dgate) + gate32 * share * _wide(dup)
+    return swiglu(gate, up), tangent.astype(gate.dtype)
+
+
+def rotary(x: Array, base: float = 10000.0) -> Array:
+    """Gives x [B, T, N, H] with the pair (i, i + H/2) of each head turned by position * base^(-2i/H).
+
+    So a query and a key that are turned alike see only the distance between them. Angles are float32
+    whatever x is: 16 bits cannot count positions above 256. Source: Su et al. 2021, arXiv 2104.09864.
+    """
+    length, size = x.shape[1], x.shape[-1]
+    frequencies = base ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(_wide(x), 2, axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
 def batch_norm(
     x: Array, mean: Array, variance: Array, scale: Array, bias: Array, epsilon: float = 1e-5
 ) -> Array:
@@ -208,13 +268,17 @@ def attention(
 ) -> Array:
     """Gives softmax(query key^T / sqrt(H)) value for each head, the softmax in float32.
 
-    query [B, T, N, H]; key and value [B, S, N, H] of the same dtype; result [B, T, N, H].
+    query [B, T, N, H]; key and value [B, S, K, H] of the same dtype; result [B, T, N, H]. K divides N:
+    N/K queries in a row share one key and value (grouped-query attention, arXiv 2305.13245).
     `implementation` is a choice written in a config, never read off the local device:
     "xla" runs everywhere and keeps the [B, N, T, S] weights, in 16 bits, for the backward pass;
     "cudnn" is the fused kernel of NVIDIA GPUs, which needs 16-bit inputs, keeps no weights and
     has no forward-mode derivative.
     """
     if implementation == "xla":
+        groups = query.shape[2] // key.shape[2]
+        if groups > 1:
+            key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
         logits = dot("btnh,bsnh->bnts", query, key, wide_dtype(query.dtype))
         return _attend(logits, value, query.shape[-1] ** -0.5, causal)
     if implementation != "cudnn":

@@ -14,10 +14,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
 
 from jaxmp.nn import functional as F
 from jaxmp.nn import lipschitz, lipschitz_layers
+
+
+PRODUCT = "product with a weight"
+"""The name under which `remat` finds results of `Dense`: inside `functional.dot` no policy sees them."""
 
 
 class Dense(nn.Module):
@@ -36,7 +42,7 @@ class Dense(nn.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         output_dtype = F.wide_dtype(x.dtype) if self.logits else x.dtype
-        y = F.dot("...d,df->...f", x, kernel, output_dtype)
+        y = checkpoint_name(F.dot("...d,df->...f", x, kernel, output_dtype), PRODUCT)
         if not self.use_bias:
             return y
         return F.add_bias(y, self.param("bias", nn.initializers.zeros, (self.features,)))
@@ -72,6 +78,17 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
         return F.layer_norm(x, scale, bias, self.epsilon)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square of the last axis, with a learned scale; the mean in float32."""
+
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        return F.rms_norm(x, scale, self.epsilon)
 
 
 class BatchNorm(nn.Module):
@@ -139,6 +156,15 @@ ATTENTION = "attention"
 such that the logits are query key^T / sqrt(H), and a flag. Sown only where a caller makes it mutable."""
 
 
+ATTENTION_CHOICES = ("auto", *F.ATTENTION_IMPLEMENTATIONS)
+"""Settings of a transformer's attention: an implementation of `functional.attention`, or "auto", which a
+launcher replaces by the fused one where its target has it (`resolve_attention`) and is "xla" otherwise."""
+
+REMAT = ("none", "dots", "full")
+"""What the backward pass of a block computes again: nothing, all but its matrix products with a weight, or
+all but its input."""
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention on x [B, T, D]: one product for query, key and value, one out.
 
@@ -170,11 +196,41 @@ class SelfAttention(nn.Module):
             self.sow(
                 ATTENTION, "seen", {"query": query, "key": key, "causal": jnp.array(self.causal)}
             )
-        # Parameters are made in float32 and maybe on another machine: cudnn can do neither.
-        implementation = "xla" if self.is_initializing() else self.implementation
+        kind = implementation(self, self.implementation)
         attend = lipschitz.cosine_attention if self.cosine else F.attention
-        y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, causal=self.causal, implementation=implementation)
+        y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, causal=self.causal, implementation=kind)
         return Dense(width, self.output_init, name="out")(y_BTNH.reshape(batch, length, width))
+
+
+def implementation(module: nn.Module, attention: str) -> str:
+    """Gives the implementation of attention that a module runs now, for a setting of `ATTENTION_CHOICES`.
+
+    Parameters are made in float32 and maybe on another machine: cudnn can do neither.
+    """
+    return "xla" if attention == "auto" or module.is_initializing() else attention
+
+
+def resolve_attention(attention: str, platform: str, dtype: DTypeLike, head_size: int) -> str:
+    """Gives "cudnn" for the setting "auto" where it runs, else "xla"; other settings as they are.
+
+    It runs on GPUs (`platform` is JAX's name, "cuda" or "gpu"), in 16 bits, and for heads of a size of at
+    most 128 that 8 divides. The platform is the target's, which need not be the machine at hand.
+    """
+    if attention != "auto":
+        return attention
+    fused = platform in ("cuda", "gpu") and jnp.dtype(dtype).itemsize == 2
+    return "cudnn" if fused and head_size <= 128 and head_size % 8 == 0 else "xla"
+
+
+def remat(module: Any, policy: str, *, scanned: bool = False, static: tuple[int, ...] = ()) -> Any:
+    """Gives the module class, its backward pass computing again what `policy` of `REMAT` does not keep.
+
+    `scanned`: it is the body of a loop. `static`: numbers of arguments that are no arrays (0 is `self`).
+    """
+    if policy == "none":
+        return module
+    kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if policy == "dots" else None
+    return nn.remat(module, policy=kept, prevent_cse=not scanned, static_argnums=static)
 
 
 def _nothing(name: str | None = None) -> Callable[[Array], Array]:
@@ -271,12 +327,17 @@ def check_transformer(width: int, heads: int, dropout: float, attention: str) ->
             f"width {width} cannot be split among {heads} heads; "
             "choose a width that is a multiple of heads."
         )
-    if attention not in F.ATTENTION_IMPLEMENTATIONS:
+    if attention not in ATTENTION_CHOICES:
         raise ValueError(
-            f"attention {attention!r} is unknown; "
-            f"choose one of {', '.join(F.ATTENTION_IMPLEMENTATIONS)}."
+            f"attention {attention!r} is unknown; choose one of {', '.join(ATTENTION_CHOICES)}."
         )
     check_dropout(dropout)
+
+
+def check_remat(policy: str) -> None:
+    """Raises ValueError, a sentence, unless there is such a policy."""
+    if policy not in REMAT:
+        raise ValueError(f"remat {policy!r} is unknown; choose one of {', '.join(REMAT)}.")
 
 
 def check_dropout(rate: float, name: str = "dropout") -> None:

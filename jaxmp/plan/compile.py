@@ -124,15 +124,18 @@ def lower_for(
     """Returns `step(state, batch)` lowered for a target with the state donated, ready to compile.
 
     `state` and `batch` are trees of arrays or `jax.ShapeDtypeStruct`s: only shapes and dtypes are
-    read. Without `shardings` all of it lives on the target's first device.
+    read. Without `shardings` all of it lives on the target's first device; with them the new state is laid
+    out as the old one.
     Raises ValueError for a target that is unknown or whose compiler is not installed.
     """
     devices = targets.devices(target)
     if shardings is None:
         everywhere = SingleDeviceSharding(devices[0])
         state_shardings, batch_shardings = everywhere, everywhere
+        results: dict[str, Any] = {}
     else:
         state_shardings, batch_shardings = shardings(devices)
+        results = {"out_shardings": (state_shardings, None)}
 
     def place(sharding, tree):
         return jax.tree.map(
@@ -145,7 +148,7 @@ def lower_for(
     with warnings.catch_warnings():
         # The report names them.
         warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
-        return jax.jit(train_step, donate_argnums=0).lower(
+        return jax.jit(train_step, donate_argnums=0, **results).lower(
             jax.tree.map(place, state_shardings, state), jax.tree.map(place, batch_shardings, batch)
         )
 

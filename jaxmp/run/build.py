@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,9 @@ import optax
 
 from jaxmp import nn, optim, training
 from jaxmp.nn import functional as F
+from jaxmp.nn import layers
 from jaxmp.nn.models.gpt import GPT, GPTConfig
+from jaxmp.nn.models.llama import Llama, LlamaConfig
 from jaxmp.nn.models.mlp import MLP, MLPConfig
 from jaxmp.nn.models.resnet import ResNet, ResNetConfig
 from jaxmp.nn.models.vit import VisionTransformer, ViTConfig
@@ -24,7 +26,13 @@ from jaxmp.run import data
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.training import mesh as meshes
 
-MODULES = {MLPConfig: MLP, ViTConfig: VisionTransformer, ResNetConfig: ResNet, GPTConfig: GPT}
+MODULES = {
+    MLPConfig: MLP,
+    ViTConfig: VisionTransformer,
+    ResNetConfig: ResNet,
+    GPTConfig: GPT,
+    LlamaConfig: Llama,
+}
 """The module that each model config describes."""
 
 CLIPS = {
@@ -60,18 +68,21 @@ class Experiment:
     """Where each leaf of the state lies on the config's mesh; None on one device."""
 
 
-def build(config: Config, source: data.Source | None = None) -> Experiment:
-    """The parts of the run that `config` describes, fed by `source` if one is given. Raises ConfigError."""
+def build(
+    config: Config, source: data.Source | None = None, *, devices: Sequence[Any] | None = None
+) -> Experiment:
+    """The parts of the run that `config` describes, fed by `source` if one is given. Raises ConfigError.
+
+    `devices` are those that it will run on, `jax.devices()` if none are given; they may be absent ones.
+    """
     policy = configs.policy_of(config)
-    mesh = _mesh(config)
+    devices = jax.devices() if devices is None else devices
+    mesh = _mesh(config, devices)
     if source is None:
         source = _load(config, mesh)
-    model = MODULES[type(config.model)](config.model)
+    model = model_of(config, devices[0].platform)
     schedule = schedule_of(config)
     tx = transformation(config, schedule)
-    scored = {"metrics": {"accuracy": F.accuracy}, "policy": policy}
-    train_loss = nn.linen.loss_from(model, replicated_loss(config.replicas), **scored)
-    eval_loss = nn.linen.eval_loss_from(model, F.softmax_cross_entropy, **scored)
     example = jax.tree.map(lambda x: x[:1], source.validation[0]["inputs"])
 
     def init() -> training.TrainState:
@@ -80,9 +91,15 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         return training.TrainState.create(params, tx, model_state=model_state, rng=run_key)
 
     shardings = _shardings(config, init, mesh)
+    trained, evaluated, in_parts = _by_layer(model, shardings)
+    scored = {"metrics": {"accuracy": F.accuracy}, "policy": policy}
+    loss = replicated_loss(config.replicas)
+    train_loss = nn.linen.loss_from(trained, loss, **scored)
+    eval_loss = nn.linen.eval_loss_from(evaluated, F.softmax_cross_entropy, **scored)
     shared = {
         "autocast": config.autocast,
         "shardings": None if shardings is None else shardings.params,
+        "in_parts": in_parts,
     }
     train_step = training.make_train_step(train_loss, tx, policy, config.accumulate, **shared)
     return Experiment(
@@ -90,7 +107,7 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
         policy=policy,
         source=source,
         model=model,
-        loss=train_loss,
+        loss=nn.linen.loss_from(model, loss, **scored),
         init=init,
         step=logged_step(train_step, schedule, config.replicas),
         evaluate=_evaluation(training.make_eval_step(eval_loss, policy, **shared)),
@@ -98,7 +115,31 @@ def build(config: Config, source: data.Source | None = None) -> Experiment:
     )
 
 
-def _mesh(config: Config) -> Any:
+def model_of(config: Config, platform: str) -> Any:
+    """The Linen module of the config, its attention fused where `platform` (of the devices) has that."""
+    settings: Any = config.model
+    if hasattr(settings, "attention"):
+        # Under autocast the model is traced in float32, which the fused kernel does not take.
+        dtype = "float32" if config.autocast else configs.policy_of(config).compute_dtype
+        size = settings.width // settings.heads
+        kind = layers.resolve_attention(settings.attention, platform, dtype, size)
+        settings = dataclasses.replace(settings, attention=kind)
+    return MODULES[type(settings)](settings)
+
+
+def _by_layer(model: Any, shardings: Any) -> tuple[Any, Any, str]:
+    """(model to train, model to evaluate, the pattern of what they gather themselves, layer by layer)."""
+    if shardings is None or not hasattr(model, "whole"):
+        return model, model, ""
+    stacked = shardings.params["layers"]
+    return (
+        model.clone(whole=training.layer_gatherer(stacked)),
+        model.clone(whole=training.layer_gatherer(stacked, mapped=False)),
+        "layers/**",
+    )
+
+
+def _mesh(config: Config, devices: Sequence[Any]) -> Any:
     """The config's mesh, None on one device. Raises ConfigError where it does not fit."""
     if not config.mesh:
         if jax.process_count() > 1:
@@ -108,7 +149,7 @@ def _mesh(config: Config) -> Any:
             )
         return None
     try:
-        mesh = training.make_mesh(config.mesh)
+        mesh = training.make_mesh(config.mesh, devices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     parts = meshes.batch_parts(mesh)

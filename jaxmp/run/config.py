@@ -11,12 +11,13 @@ import dataclasses
 from typing import Any, Literal
 
 from jaxmp.nn.models.gpt import GPTConfig
+from jaxmp.nn.models.llama import LlamaConfig
 from jaxmp.nn.models.mlp import MLPConfig
 from jaxmp.nn.models.resnet import ResNetConfig
 from jaxmp.nn.models.vit import ViTConfig
 from jaxmp.precision import loss_scale as loss_scales
 from jaxmp.precision import policy as policies
-from jaxmp.run.data import DigitsConfig, TextConfig
+from jaxmp.run.data import DigitsConfig, PatternsConfig, TextConfig
 
 
 class ConfigError(ValueError):
@@ -122,8 +123,8 @@ class LogConfig:
 class Config:
     """One experiment."""
 
-    model: MLPConfig | ViTConfig | ResNetConfig | GPTConfig
-    data: DigitsConfig | TextConfig
+    model: MLPConfig | ViTConfig | ResNetConfig | GPTConfig | LlamaConfig
+    data: DigitsConfig | PatternsConfig | TextConfig
     steps: int
     """Batches to train on."""
     batch_size: int

@@ -52,7 +52,23 @@ class TextConfig:
     """How many held-out windows, spread evenly, an evaluation reads (0: all)."""
 
 
-DataConfig = DigitsConfig | TextConfig
+@dataclasses.dataclass(frozen=True)
+class PatternsConfig:
+    """Made-up images at the size of real ones, for models whose data does not come with the package.
+
+    Every class has a coarse pattern of its own, and each image is it under noise: a model that trains
+    learns it, and nothing else follows from that.
+    """
+
+    size: int = 224
+    """Height and width in pixels; three channels."""
+    classes: int = 1000
+    examples: int = 1_281_167
+    """Training images in one epoch: as many as ImageNet-1k has."""
+    held_out: int = 64
+
+
+DataConfig = DigitsConfig | PatternsConfig | TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +110,11 @@ def load(
         return _digits_source(config, batch_size, seed, share)
     if isinstance(config, TextConfig):
         return _text_source(config, batch_size, seed, share)
+    if isinstance(config, PatternsConfig):
+        return _patterns_source(config, batch_size, seed, share)
     raise ValueError(
-        f"data is a {type(config).__name__}; write DigitsConfig(...) or TextConfig(...)."
+        f"data is a {type(config).__name__}; write DigitsConfig(...), PatternsConfig(...) or "
+        "TextConfig(...)."
     )
 
 
@@ -219,6 +238,46 @@ def _digits_source(config: DigitsConfig, batch_size: int, seed: int, rows: Rows)
     held_out = {"inputs": images[train:], "targets": labels[train:]}
     about = f"digits: {train} to train, {len(images) - train} by other writers to test"
     return Source(batch_at, (held_out,), train, 10, "examples", 1, about)
+
+
+PATTERN_CELLS = 8
+"""A class's pattern has so many squares in each direction."""
+
+
+def _patterns_source(config: PatternsConfig, batch_size: int, seed: int, rows: Rows) -> Source:
+    if config.size % PATTERN_CELLS or min(config.classes, config.examples, config.held_out) < 1:
+        raise ValueError(
+            f"data.size={config.size} must be a multiple of {PATTERN_CELLS}, and data.classes, examples "
+            "and held_out at least 1."
+        )
+    _check_batch(batch_size, config.examples, "images")
+    order = _orderer(seed, config.examples)
+    side = config.size // PATTERN_CELLS
+
+    def noise(number: int, stream: int, *shape: int) -> np.ndarray:
+        """float32 in [-1, 1), the same whenever it is asked for."""
+        words = random_words(0, number, math.prod(shape), stream=stream)
+        return ((words >> 40).astype(np.float32) / np.float32(2**23) - 1).reshape(shape)
+
+    def picture(example: int) -> np.ndarray:
+        cells = noise(example % config.classes, 2, PATTERN_CELLS, PATTERN_CELLS, 3)
+        return np.kron(cells, np.ones((side, side, 1), np.float32)) + noise(
+            example, 3, config.size, config.size, 3
+        )
+
+    def batch_of(examples: np.ndarray) -> Batch:
+        labels = (examples % config.classes).astype(np.int32)
+        return {"inputs": np.stack([picture(int(e)) for e in examples]), "targets": labels}
+
+    def batch_at(step: int) -> Batch:
+        return batch_of(batch_indices(order, step, batch_size, config.examples)[1][rows])
+
+    unseen = config.examples + np.arange(config.held_out)
+    held_out = tuple(
+        batch_of(unseen[i : i + batch_size]) for i in range(0, len(unseen), batch_size)
+    )
+    about = f"made-up images of {config.classes} patterns, {config.size} pixels wide"
+    return Source(batch_at, held_out, config.examples, config.classes, "examples", 1, about)
 
 
 def read_text(path: str) -> np.ndarray:

@@ -55,15 +55,20 @@ def estimate(config: Config, target: str) -> plan.Estimate:
     because the step needs more memory than there is.
     """
     try:
-        targets.devices(target)
+        devices = targets.devices(target)
     except ValueError as error:
         raise ConfigError(f"--target: {error}") from error
-    parts = build.build(config)
+    if len(devices) > 1 and not config.mesh and target != "cpu":
+        raise ConfigError(
+            f"--target: {target} has {len(devices)} devices and the config uses one; say how they share the "
+            f"work, such as --mesh fsdp={len(devices)} or data={len(devices)}."
+        )
+    parts = build.build(config, devices=devices)
     with build.model_mistakes():
         state, batch = build.abstract_arguments(parts)
     try:
         with build.model_mistakes():
-            program = plan.compile_for(parts.step, state, batch, target)
+            program = plan.compile_for(parts.step, state, batch, target, shardings=layout)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(_refusal(target, " ".join(str(error).split()))) from error
     return plan.estimate(program, state, batch)

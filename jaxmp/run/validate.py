@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxmp.nn.models.gpt import GPTConfig
+from jaxmp.nn.models.llama import LlamaConfig
 from jaxmp.run import config as configs
 from jaxmp.run.config import Config, ConfigError
-from jaxmp.run.data import BYTE_VALUES, TextConfig
+from jaxmp.run.data import BYTE_VALUES, PatternsConfig, TextConfig
 from jaxmp.training import mesh as meshes
 
 DIGIT_CLASSES = 10
@@ -228,7 +229,8 @@ def _check_loss_scale(config: Config) -> None:
 def _check_pair(config: Config) -> None:
     """Model and data must fit together: images or tokens, and as many outputs as classes."""
     model, data = config.model, config.data
-    if isinstance(model, GPTConfig) and isinstance(data, TextConfig):
+    decoder = isinstance(model, GPTConfig | LlamaConfig)
+    if isinstance(model, GPTConfig | LlamaConfig) and isinstance(data, TextConfig):
         if model.vocab_size < BYTE_VALUES:
             raise ConfigError(
                 f"model.vocab_size={model.vocab_size} is too small for bytes; write {BYTE_VALUES}."
@@ -238,17 +240,18 @@ def _check_pair(config: Config) -> None:
                 f"data.sequence_length={data.sequence_length} is longer than "
                 f"model.context={model.context}; make them equal."
             )
-    elif isinstance(model, GPTConfig) or isinstance(data, TextConfig):
-        tokens = isinstance(model, GPTConfig)
+        return
+    if decoder or isinstance(data, TextConfig):
         other = (
             "TextConfig(...), which gives tokens"
-            if tokens
+            if decoder
             else "DigitsConfig(), which gives images"
         )
         raise ConfigError(
             f"model={type(model).__name__} cannot read data={type(data).__name__}; write data={other}."
         )
-    elif model.num_classes < DIGIT_CLASSES:
+    classes = data.classes if isinstance(data, PatternsConfig) else DIGIT_CLASSES
+    if model.num_classes < classes:
         raise ConfigError(
-            f"model.num_classes={model.num_classes} is too small for ten digits; write 10."
+            f"model.num_classes={model.num_classes} is too small for {classes} classes; write {classes}."
         )

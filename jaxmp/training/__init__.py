@@ -1,5 +1,6 @@
 """One pure step, on one device or many."""
 
+from jaxmp.training.exchange import layer_gatherer as layer_gatherer
 from jaxmp.training.mesh import batch_sharding as batch_sharding
 from jaxmp.training.mesh import make_mesh as make_mesh
 from jaxmp.training.sharding import state_shardings as state_shardings

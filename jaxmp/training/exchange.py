@@ -6,7 +6,9 @@ Each device differentiates the loss of its own rows. With N of them and S the lo
     gradients  = sum over devices of d(loss_i * S / N)   # summed in `reduce_dtype`, back on the shards
     metrics    = mean over devices
 
-so every device sees the same gradients, norm, flag and loss, and decides alike whether to skip. The
+so every device sees the same gradients, norm, flag and loss, and decides alike whether to skip. Parameters
+of scanned layers may stay in parts until the loop reaches their layer (`layer_gatherer`): then a device
+holds one layer at a time, and each is gathered again for its backward pass if that computes it again. The
 cotangents inside the model are those of one device with all the rows, so a loss scale means the same
 on any number of devices.
 """
@@ -65,52 +67,127 @@ def over_axes(
     return on_each
 
 
-def over_mesh(gradients: Gradients, shardings: Any, reduce_dtype: Any = jnp.float32) -> Gradients:
+def over_mesh(
+    gradients: Gradients, shardings: Any, reduce_dtype: Any = jnp.float32, in_parts: str = ""
+) -> Gradients:
     """`gradients` for code compiled over a mesh, the parameters laid out as `shardings` say.
 
     The batch is cut over the mesh's axes `data` and `fsdp`; the compiler never sees a reason to gather
     activations over them, since each device's part is a program of its own (`jax.shard_map`). The axis
-    `tensor` is left to the compiler, which follows the parameters.
+    `tensor` is left to the compiler, which follows the parameters. Those whose path matches `in_parts`
+    reach the model as the device's own parts; it makes them whole with a `layer_gatherer`.
     """
     mesh = jax.tree.leaves(shardings)[0].mesh
     axes = meshes.batch_axes(mesh)
     if not axes:
         return gradients
-    kept = jax.tree.map(lambda s: _scattered(s.spec, axes), shardings)
+    whole = PartitionSpec()
+    cut = jax.tree.map(lambda s: PartitionSpec(*map(_only(axes), s.spec)), shardings)
+    parted = _parted(shardings, in_parts)
+    given = jax.tree.map(lambda p, spec: spec if p else whole, parted, cut)
+    kept = jax.tree.map(
+        lambda p, spec, s: spec if p else _scattered(s.spec, axes), parted, cut, shardings
+    )
 
     def reduce(grads: Any) -> Any:
-        return jax.tree.map(lambda g, s: _reduce(g, s, axes, mesh.shape), grads, kept)
+        summed = lambda g, spec, p: g if p else _reduce(g, spec, axes, mesh.shape)
+        return jax.tree.map(summed, grads, kept, parted)
 
     def on_all(params: Any, batch: Any, rng: Any, model_state: Any, scale: Any) -> Any:
-        whole = PartitionSpec()
         specs = jax.tree.map(lambda x: PartitionSpec(axes) if jnp.ndim(x) else whole, batch)
         mapped = jax.shard_map(
             over_axes(gradients, axes, reduce_dtype, reduce),
             mesh=mesh,
             axis_names=set(axes),
-            in_specs=(whole, specs, whole, whole, whole),
+            in_specs=(given, specs, whole, whole, whole),
             out_specs=(whole, kept, whole),
             check_vma=False,  # models need not be written for it
         )
         metrics, grads, model_state = mapped(
-            gather(params, shardings), batch, rng, model_state, scale
+            gather(params, shardings, in_parts), batch, rng, model_state, scale
         )
         return metrics, jax.lax.with_sharding_constraint(grads, shardings), model_state
 
     return on_all
 
 
-def gather(params: Any, shardings: Any) -> Any:
-    """Cast parameters, whole over the batch's axes and cut over `tensor` as before.
+def gather(params: Any, shardings: Any, in_parts: str = "") -> Any:
+    """Cast parameters, whole over the batch's axes but for those `in_parts`, cut over `tensor` as before.
 
     The first constraint keeps the cast where the shard is; without it the compiler may gather first.
     """
-
-    def whole(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(sharding.mesh, PartitionSpec(*map(_only(("tensor",)), sharding.spec)))
-
     params = jax.lax.with_sharding_constraint(params, shardings)
-    return jax.lax.with_sharding_constraint(params, jax.tree.map(whole, shardings))
+    parted = _parted(shardings, in_parts)
+    wanted = jax.tree.map(lambda p, s: s if p else _gathered(s), parted, shardings)
+    return jax.lax.with_sharding_constraint(params, wanted)
+
+
+def layer_gatherer(
+    shardings: Any, reduce_dtype: Any = jnp.float32, *, mapped: bool = True
+) -> Callable[[Any], Any]:
+    """A function that makes one layer's parameters whole: what a scanned model takes as its `whole`.
+
+    `shardings` are those of the stacked parameters, whose first axis is the layers'. With `mapped` it is
+    for a step over a mesh, inside whose `shard_map` each device has its own parts; the gradient is summed
+    over the devices in `reduce_dtype` and lands in the parts. Else for code that the compiler partitions,
+    such as an evaluation.
+    """
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    axes = meshes.batch_axes(mesh)
+
+    def of_leaf(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+        spec = PartitionSpec(*sharding.spec[1:])
+        if not _is_cut(sharding, axes):
+            return lambda leaf: leaf
+        if not mapped:
+            layer = _gathered(NamedSharding(mesh, spec))
+            return lambda leaf: jax.lax.with_sharding_constraint(leaf, layer)
+        return _gather_parts(PartitionSpec(*map(_only(axes), spec)), axes, mesh.shape, reduce_dtype)
+
+    makers = jax.tree.map(of_leaf, shardings)
+    return lambda layer: jax.tree.map(lambda make, leaf: make(leaf), makers, layer)
+
+
+def _gather_parts(
+    spec: PartitionSpec, axes: Sequence[str], sizes: Any, reduce_dtype: Any
+) -> Callable[[jax.Array], jax.Array]:
+    """all-gather of what `spec` cuts, in the dtype of the part; backwards the sum, as in `over_axes`."""
+
+    @jax.custom_vjp
+    def whole(part: jax.Array) -> jax.Array:
+        for dimension, names in enumerate(map(meshes.names_of, spec)):
+            if names:
+                part = jax.lax.all_gather(part, names, axis=dimension, tiled=True)
+        return part
+
+    def backward(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array]:
+        wide = jax.lax.optimization_barrier(cotangent.astype(reduce_dtype))
+        return (_reduce(wide, spec, axes, sizes).astype(like.dtype),)
+
+    # A residual must be an array; an empty one carries the dtype.
+    whole.defvjp(lambda part: (whole(part), jnp.zeros(0, part.dtype)), backward)
+    return whole
+
+
+def _parted(shardings: Any, pattern: str) -> Any:
+    """A tree of booleans: which parameters the model gets in parts."""
+    mesh = jax.tree.leaves(shardings)[0].mesh
+    axes = meshes.batch_axes(mesh)
+
+    def is_parted(path: Any, sharding: NamedSharding) -> bool:
+        named = bool(pattern) and trees.match_path(pattern, trees.path_string(path))
+        return named and _is_cut(sharding, axes)
+
+    return jax.tree_util.tree_map_with_path(is_parted, shardings)
+
+
+def _is_cut(sharding: NamedSharding, axes: Sequence[str]) -> bool:
+    return any(name in axes for entry in sharding.spec for name in meshes.names_of(entry))
+
+
+def _gathered(sharding: NamedSharding) -> NamedSharding:
+    """The sharding without the batch's axes."""
+    return NamedSharding(sharding.mesh, PartitionSpec(*map(_only(("tensor",)), sharding.spec)))
 
 
 def _scattered(spec: PartitionSpec, axes: Sequence[str]) -> PartitionSpec:

@@ -5,7 +5,8 @@ Parameters are decided first, each by the first of these that speaks about it:
 1. the caller's rules, by path;
 2. the axis names that a Flax model gave it (`nn.with_partitioning`, `nn.with_logical_partitioning`);
 3. defaults. `tensor` cuts the products of the shipped transformers, in columns and then in rows, so
-   that a pair of products needs one sum. `fsdp` cuts the largest axis that it divides.
+   that a pair of products needs one sum. `fsdp` cuts the largest axis that it divides, though never the
+   first one under `layers`, where a loop takes one layer at a time.
 
 What stands elsewhere in the state under a parameter's path and with its shape, such as a moment or an
 average, lies as the parameter does; any other array follows rule 1 by its own path, or the defaults.
@@ -38,11 +39,19 @@ TENSOR_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     ("**/TransformerBlock_*/Dense_0/kernel", P(None, "tensor")),
     ("**/TransformerBlock_*/Dense_0/bias", P("tensor")),
     ("**/TransformerBlock_*/Dense_1/kernel", P("tensor", None)),
+    *(
+        (f"**/layers/{name}/kernel", P(None, None, "tensor"))
+        for name in ("query", "key", "value", "gate", "up")
+    ),
+    *((f"**/layers/{name}/kernel", P(None, "tensor", None)) for name in ("out", "down")),
     ("**/tokens/embedding", P("tensor", None)),
     ("**/head/kernel", P(None, "tensor")),
 )
 """How `tensor` cuts the shipped transformers (Shoeybi et al. 2019, arXiv 1909.08053). One that does not
 divide the axis leaves it whole."""
+
+SCANNED = "**/layers/**"
+"""Parameters of layers that a loop runs, stacked along their first axis."""
 
 LOGICAL_AXES: Mapping[str, str | None] = {
     "batch": None,
@@ -144,6 +153,8 @@ def _default(path: str, shape: tuple[int, ...], mesh: Mesh, whole_below: int) ->
             axes[index] = axis
     fsdp = _size(mesh, "fsdp")
     free = [i for i, n in enumerate(shape) if axes[i] is None and n and n % fsdp == 0]
+    if trees.match_path(SCANNED, path):
+        free = [i for i in free if i > 0]
     if free and fsdp > 1 and math.prod(shape) >= whole_below:
         axes[max(free, key=lambda i: shape[i])] = "fsdp"
     return _trimmed(axes)

@@ -39,6 +39,7 @@ def make_train_step(
     shardings: Any = None,
     axis_name: exchange.AxisName | None = None,
     reduce_dtype: Any = jnp.float32,
+    in_parts: str = "",
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """A pure function `step(state, batch) -> (state, metrics)`; compile it with `jit_step`.
 
@@ -68,13 +69,15 @@ def make_train_step(
       axis_name: for a step that is called inside `jax.shard_map` instead, the mesh axes that divide the
         batch, the state being whole on each device (`exchange.over_axes`).
       reduce_dtype: what gradients are in while devices sum them: "bfloat16" halves what is sent.
+      in_parts: with `shardings`, a pattern of paths of parameters that each device hands to the model in
+        its own parts, such as "layers/**"; the model gathers them (`exchange.layer_gatherer`).
 
     The metrics are scalars: `loss` (without scale), `grad_norm` (without scale, before clipping),
     `loss_scale` (the one used in this step), `finite`, `skipped` (not finite, or an outlier left out),
     and those of `loss_fn`.
     """
     cast, call = _cast_and_call(loss_fn, policies.as_policy(policy), inputs, autocast)
-    across = _across(shardings, axis_name, reduce_dtype)
+    across = _across(shardings, axis_name, reduce_dtype, in_parts)
     gradients_of = _gradients_of(cast, call, accumulate, across)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
@@ -141,6 +144,7 @@ def make_eval_step(
     inputs: Sequence[str] | None = None,
     autocast: bool = False,
     shardings: Any = None,
+    in_parts: str = "",
 ) -> Callable[[TrainState, Any], Metrics]:
     """A pure function `evaluate(state, batch) -> metrics`, in the arithmetic of training.
 
@@ -150,7 +154,8 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: Any) -> Metrics:
         params, batch = cast(state.params, batch)
-        params = params if shardings is None else exchange.gather(params, shardings)
+        if shardings is not None:
+            params = exchange.gather(params, shardings, in_parts)
         loss, aux, _ = call(params, batch, state.rng, state.model_state)
         return {"loss": loss, **aux}
 
@@ -235,7 +240,7 @@ def _cast_and_call(
 
 
 def _across(
-    shardings: Any, axis_name: exchange.AxisName | None, reduce_dtype: Any
+    shardings: Any, axis_name: exchange.AxisName | None, reduce_dtype: Any, in_parts: str = ""
 ) -> Callable[[exchange.Gradients], exchange.Gradients]:
     """What makes one device's gradients those of all: nothing, a mesh's exchange, or `shard_map`'s."""
     if shardings is not None and axis_name is not None:
@@ -244,7 +249,7 @@ def _across(
             "or axis_name for one that is called inside jax.shard_map."
         )
     if shardings is not None:
-        return lambda gradients: exchange.over_mesh(gradients, shardings, reduce_dtype)
+        return lambda gradients: exchange.over_mesh(gradients, shardings, reduce_dtype, in_parts)
     if axis_name is not None:
         return lambda gradients: exchange.over_axes(gradients, axis_name, reduce_dtype)
     return lambda gradients: gradients

@@ -11,10 +11,25 @@ import pytest
 from jaxmp.run import build, cli, loop, metrics
 from jaxmp.run import config as configs
 from jaxmp.run.config import EvalConfig, LogConfig
+from jaxmp.run.data import PatternsConfig, TextConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 SMALLER = {"depth": 1, "width": 32}
+# What is left of the configs for size when they train two steps on a CPU.
+TINY = {
+    "gpt2_124m": {"heads": 2, "vocab_size": 256},
+    "llama_1b": {"heads": 2, "kv_heads": 1, "mlp_width": 48, "vocab_size": 256},
+    "llama_7b": {"heads": 2, "kv_heads": 1, "mlp_width": 48, "vocab_size": 256},
+    "imagenet_vit_b16": {"heads": 2, "num_classes": 10},
+    "imagenet_resnet50": {"width": 8, "stages": (1, 1), "num_classes": 10},
+}
+SIZES = {  # published parameters: GPT-2, Mistral 7B, He et al. 2016, Dosovitskiy et al. 2021
+    "gpt2_124m": 124_439_808,
+    "llama_7b": 7_241_732_096,
+    "imagenet_resnet50": 25_557_032,
+    "imagenet_vit_b16": 86_567_656,
+}
 
 
 def test_the_configs_that_were_promised_are_there():
@@ -25,6 +40,7 @@ def test_the_configs_that_were_promised_are_there():
     assert {f.stem for f in FILES} >= wanted | {
         "digits_resnet_float16",
         "digits_mlp_replicas_float16",
+        *(f"{name}_bfloat16" for name in TINY),
     }
 
 
@@ -52,6 +68,14 @@ def test_it_trains_two_steps(path, tmp_path):
     config = cli.load(path)
     fields = {field.name for field in dataclasses.fields(config.model)}
     small = {k: v for k, v in SMALLER.items() if "depth" in fields and k in fields}
+    tiny = TINY.get(path.stem.removesuffix("_bfloat16"))
+    if tiny is not None:
+        small |= tiny
+        shorter = {
+            TextConfig: TextConfig(sequence_length=16, validation_windows=16),
+            PatternsConfig: PatternsConfig(size=32, classes=10, examples=64, held_out=4),
+        }
+        config = dataclasses.replace(config, data=shorter[type(config.data)])
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, **small),
@@ -77,3 +101,12 @@ def test_it_trains_two_steps(path, tmp_path):
 def test_the_default_experiment_is_of_the_size_it_says():
     state = jax.eval_shape(build.build(cli.load(ROOT / "configs" / "digits_vit_bfloat16.py")).init)
     assert round(sum(leaf.size for leaf in jax.tree.leaves(state.params)), -3) == 115_000
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_large_one_is_described_at_its_published_size_without_being_made(name):
+    parts = build.build(cli.load(ROOT / "configs" / f"{name}_bfloat16.py"))
+    state, batch = build.abstract_arguments(parts)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == SIZES[name]
+    leaves = jax.tree.leaves((state, batch))
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)

@@ -152,3 +152,21 @@ def test_a_batch_that_does_not_divide_among_processes():
 
 ORDER_0 = [0, 2, 1, 5, 4, 3, 6, 7]
 ORDER_7 = [2, 6, 0, 5, 7, 3, 4, 1]
+
+
+def test_patterns_are_the_same_whenever_asked_and_teach_their_class():
+    config = data.PatternsConfig(size=16, classes=3, examples=30, held_out=6)
+    source = data.load(config, 10, seed=1)
+    first, again = source.batch_at(1), data.load(config, 10, seed=1).batch_at(1)
+    np.testing.assert_array_equal(first["inputs"], again["inputs"])
+    assert first["inputs"].shape == (10, 16, 16, 3) and first["inputs"].dtype == np.float32
+    epoch = [source.batch_at(step) for step in range(3)]
+    images = np.concatenate([b["inputs"] for b in epoch])
+    labels = np.concatenate([b["targets"] for b in epoch])
+    assert len(np.unique(images[:, 0, 0, 0])) == 30  # each example once
+    means = np.stack([images[labels == c].mean(0) for c in range(3)])
+    (held,) = source.validation
+    distance = ((held["inputs"][:, None] - means) ** 2).sum((2, 3, 4))
+    np.testing.assert_array_equal(distance.argmin(1), held["targets"])
+    part = data.load(config, 10, seed=1, process_index=1, process_count=2).batch_at(1)
+    np.testing.assert_array_equal(part["inputs"], first["inputs"][5:])

@@ -28,8 +28,10 @@ class GPTConfig:
     """On the embeddings and both residual branches, not on attention weights."""
     tied: bool = True
     """Whether the output layer is the transpose of the token embedding."""
-    attention: str = "xla"
-    """"xla" or "cudnn", see `functional.attention`."""
+    attention: str = "auto"
+    """"auto", "xla" or "cudnn", see `layers.ATTENTION_CHOICES`."""
+    remat: str = "none"
+    """What the backward pass computes again, see `layers.REMAT`."""
     block: str = "pre_ln"
     """"pre_ln", "post_ln", "weighted" or "lipsformer", see `layers.BLOCKS`."""
     qk_norm: bool = False
@@ -41,6 +43,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         layers.check_transformer(self.width, self.heads, self.dropout, self.attention)
         layers.check_block(self.block, self.qk_norm)
+        layers.check_remat(self.remat)
         if self.logits not in LOGITS:
             raise ValueError(
                 f"logits {self.logits!r} is unknown; choose one of {', '.join(LOGITS)}."
@@ -74,8 +77,9 @@ class GPT(nn.Module):
         positions = self.param("positions", normal, (config.context, config.width))
         x_BTD = F.add_bias(embed(inputs), positions[:length])
         x_BTD = nn.Dropout(config.dropout, deterministic=not train)(x_BTD)
-        for _ in range(config.depth):
-            x_BTD = layers.TransformerBlock(
+        block = layers.remat(layers.TransformerBlock, config.remat, static=(2,))
+        for layer in range(config.depth):
+            x_BTD = block(
                 heads=config.heads,
                 mlp_width=config.mlp_ratio * config.width,
                 causal=True,
@@ -86,6 +90,7 @@ class GPT(nn.Module):
                 block=config.block,
                 alpha=1 / config.depth,
                 qk_norm=config.qk_norm,
+                name=f"TransformerBlock_{layer}",
             )(x_BTD, train)
         x_BTD = layers.BLOCKS[config.block].before(name="final_norm")(x_BTD)
         wide = config.logits == "float32"

@@ -28,8 +28,10 @@ class ViTConfig:
     pool: str = "mean"
     """"mean" over the patches or a learned "class_token"."""
     dropout: float = 0.0
-    attention: str = "xla"
-    """"xla" or "cudnn", see `functional.attention`."""
+    attention: str = "auto"
+    """"auto", "xla" or "cudnn", see `layers.ATTENTION_CHOICES`."""
+    remat: str = "none"
+    """What the backward pass computes again, see `layers.REMAT`."""
     block: str = "pre_ln"
     """"pre_ln", "post_ln", "weighted" or "lipsformer", see `layers.BLOCKS`."""
     qk_norm: bool = False
@@ -45,6 +47,7 @@ class ViTConfig:
     def __post_init__(self) -> None:
         layers.check_transformer(self.width, self.heads, self.dropout, self.attention)
         layers.check_block(self.block, self.qk_norm)
+        layers.check_remat(self.remat)
         layers.check_dropout(self.drop_path, "drop_path")
         if self.pool not in POOLINGS:
             raise ValueError(f"pool {self.pool!r} is unknown; choose one of {', '.join(POOLINGS)}.")
@@ -90,8 +93,10 @@ class VisionTransformer(nn.Module):
             x_BTD = jnp.concatenate([first_B1D, x_BTD], axis=1)
         x_BTD = F.add_bias(x_BTD, self.param("positions", positions, x_BTD.shape[1:]))
         x_BTD = nn.Dropout(config.dropout, deterministic=not train)(x_BTD)
-        for drop_path in lipschitz.drop_path_rates(config.depth, config.drop_path):
-            x_BTD = layers.TransformerBlock(
+        block = layers.remat(layers.TransformerBlock, config.remat, static=(2,))
+        rates = lipschitz.drop_path_rates(config.depth, config.drop_path)
+        for layer, drop_path in enumerate(rates):
+            x_BTD = block(
                 heads=config.heads,
                 mlp_width=config.mlp_ratio * config.width,
                 causal=False,
@@ -103,6 +108,7 @@ class VisionTransformer(nn.Module):
                 alpha=1 / config.depth,
                 qk_norm=config.qk_norm,
                 drop_path=drop_path,
+                name=f"TransformerBlock_{layer}",
             )(x_BTD, train)
         x_BTD = layers.BLOCKS[config.block].before(name="final_norm")(x_BTD)
         x_BD = x_BTD[:, 0] if config.pool == "class_token" else jnp.mean(x_BTD, axis=1)

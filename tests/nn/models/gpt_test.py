@@ -84,7 +84,7 @@ def test_parameters_are_made_where_cudnn_is_not():
     "change,message",
     (
         ({"heads": 5}, "width 24 cannot be split among 5 heads"),
-        ({"attention": "flash"}, "'flash' is unknown; choose one of xla, cudnn"),
+        ({"attention": "flash"}, "'flash' is unknown; choose one of auto, xla, cudnn"),
         ({"dropout": 1.0}, r"dropout 1.0 is not in \[0, 1\)"),
         ({"logits": "half"}, "'half' is unknown; choose one of float32, compute"),
     ),
