@@ -21,7 +21,6 @@ from jax.typing import DTypeLike
 from jaxmp.nn import functional as F
 from jaxmp.nn import lipschitz, lipschitz_layers
 
-
 PRODUCT = "product with a weight"
 """The name under which `remat` finds results of `Dense`: inside `functional.dot` no policy sees them."""
 

@@ -37,13 +37,19 @@ class Collective:
 def collectives(module: hlo.Module) -> tuple[Collective, ...]:
     """Returns every exchange between devices that runs, in the program's order.
 
-    An asynchronous one is counted where it starts; several arrays sent as one are several entries.
+    Several arrays sent as one are several entries. An asynchronous one is counted once: where it starts, or,
+    as a TPU's program repeats it in each kernel that runs beside it, where its channel is first seen.
     """
     found = []
+    seen: set[str] = set()
     for computation, instruction, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        channel = instruction.attribute("channel_id")
+        if channel and channel in seen:
+            continue
+        seen.add(channel)
         given = [array for shapes in computation.operand_shapes(instruction) for array in shapes]
         # A started exchange has its operands among its results, in front.
         got = instruction.shapes[-len(given) :] if given else instruction.shapes

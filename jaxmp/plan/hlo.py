@@ -147,11 +147,33 @@ class Module:
         file, line = instruction.attribute("source_file"), instruction.attribute("source_line")
         return f"{file}:{line}" if file else ""
 
+    def trip_count(self, computation: Computation, loop: Instruction) -> int:
+        """Returns how often a `while` of a computation runs its body, 1 where nobody knows.
+
+        Told by the compiler's note, or read off a condition `counter < constant` whose counter starts at a
+        constant and goes up in ones, as the loops of `jax.lax.scan` do.
+        """
+        known = loop.backend_config.get("known_trip_count", {})
+        if isinstance(known, dict) and "n" in known:
+            return int(known["n"])
+        condition = self.computations[loop.calls["condition"][0]]
+        test = (
+            condition.by_name.get(condition.root.operands[0]) if condition.root.operands else None
+        )
+        bound = _constant(condition, condition.root.operands[-1]) if test else None
+        if bound is None or condition.root.attribute("direction") != "LT" or test is None:
+            return 1
+        start = 0
+        carried = computation.by_name.get(loop.operands[0])
+        if carried is not None and carried.opcode == "tuple" and test.attribute("index"):
+            start = _constant(computation, carried.operands[int(test.attribute("index"))]) or 0
+        return max(bound - start, 1)
+
     @functools.cached_property
     def executions(self) -> dict[str, float]:
         """How often each computation runs in one run of the program.
 
-        A loop's body runs as often as the compiler knows it to (`trip_count`), each branch of a
+        A loop's body runs as often as is known (`trip_count`), each branch of a
         conditional counts as run.
         """
         counts = dict.fromkeys(self.computations, 0.0)
@@ -159,7 +181,8 @@ class Module:
             counts[name] += 1.0 if name == self.entry.name else 0.0
             for instruction in self.computations[name].instructions:
                 for key, callees in instruction.calls.items():
-                    times = trip_count(instruction) if key == "body" else 1
+                    looped = key == "body"
+                    times = self.trip_count(self.computations[name], instruction) if looped else 1
                     for callee in callees:
                         counts[callee] += counts[name] * times
         return counts
@@ -208,10 +231,14 @@ def numpy_name(dtype: str) -> str:
     return f"{_NUMPY_NAMES[kind]}{width}" + (f"_{rest}" if rest else "")
 
 
-def trip_count(loop: Instruction) -> int:
-    """Returns how often a `while` runs its body, 1 where the compiler does not know."""
-    known = loop.backend_config.get("known_trip_count", {})
-    return int(known.get("n", 1)) if isinstance(known, dict) else 1
+def _constant(computation: Computation, name: str) -> int | None:
+    """The value of a scalar integer constant, behind copies too; None of anything else."""
+    found = computation.by_name.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast"):
+        found = computation.by_name.get(found.operands[0])
+    if found is None or found.opcode != "constant" or not found.argument.lstrip("-").isdigit():
+        return None
+    return int(found.argument)
 
 
 def parse_shapes(text: str) -> tuple[Array, ...]:

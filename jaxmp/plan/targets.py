@@ -252,8 +252,9 @@ def topology(name: str) -> topologies.TopologyDescription:
                 target_config=gpu_config_text(target.chip),
             )
         layout = details["smallest"] if target.layout == "1" else target.layout
-        # Without this the TPU library asks a metadata server, which only a cloud machine has.
-        with _environment(TPU_SKIP_MDS_QUERY="1"):
+        # Without these the TPU library asks a metadata server, which only a cloud machine has, and lets
+        # one process at a time in, though compiling touches no TPU.
+        with _environment(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1"):
             return topologies.get_topology_desc(
                 platform="tpu", topology_name=f"{details['slice']}:{layout}"
             )

@@ -66,7 +66,9 @@ def _instruction_bytes(module, computation, instruction, on_chip, known) -> floa
     if opcode in _FREE:
         return 0
     if opcode == "while":
-        return hlo.trip_count(instruction) * (sum(called("body")) + sum(called("condition")))
+        return module.trip_count(computation, instruction) * (
+            sum(called("body")) + sum(called("condition"))
+        )
     if opcode == "conditional":
         return max(called("branch_computations"), default=0)
     if opcode in ("call", "async-start"):

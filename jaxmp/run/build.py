@@ -91,7 +91,7 @@ def build(
         return training.TrainState.create(params, tx, model_state=model_state, rng=run_key)
 
     shardings = _shardings(config, init, mesh)
-    trained, evaluated, in_parts = _by_layer(model, shardings)
+    trained, evaluated, in_parts = _by_layer(model, shardings, config.reduce_dtype)
     scored = {"metrics": {"accuracy": F.accuracy}, "policy": policy}
     loss = replicated_loss(config.replicas)
     train_loss = nn.linen.loss_from(trained, loss, **scored)
@@ -101,7 +101,9 @@ def build(
         "shardings": None if shardings is None else shardings.params,
         "in_parts": in_parts,
     }
-    train_step = training.make_train_step(train_loss, tx, policy, config.accumulate, **shared)
+    train_step = training.make_train_step(
+        train_loss, tx, policy, config.accumulate, reduce_dtype=config.reduce_dtype, **shared
+    )
     return Experiment(
         config=config,
         policy=policy,
@@ -127,13 +129,13 @@ def model_of(config: Config, platform: str) -> Any:
     return MODULES[type(settings)](settings)
 
 
-def _by_layer(model: Any, shardings: Any) -> tuple[Any, Any, str]:
+def _by_layer(model: Any, shardings: Any, reduce_dtype: str) -> tuple[Any, Any, str]:
     """(model to train, model to evaluate, the pattern of what they gather themselves, layer by layer)."""
     if shardings is None or not hasattr(model, "whole"):
         return model, model, ""
     stacked = shardings.params["layers"]
     return (
-        model.clone(whole=training.layer_gatherer(stacked)),
+        model.clone(whole=training.layer_gatherer(stacked, reduce_dtype)),
         model.clone(whole=training.layer_gatherer(stacked, mapped=False)),
         "layers/**",
     )
@@ -275,14 +277,16 @@ def compile_step(experiment: Experiment) -> tuple[Any, Step]:
 
 
 def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
-    """The shapes and dtypes of the state and of a global batch."""
+    """The shapes and dtypes of the state and of a global batch, and on a mesh where they lie."""
     batch = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(_global_shape(experiment, x), x.dtype),
         experiment.source.batch_at(0),
     )
     state = jax.eval_shape(experiment.init)
     if experiment.shardings is not None:
+        rows = training.batch_sharding(jax.tree.leaves(experiment.shardings)[0].mesh)
         state = jax.tree.map(lambda x, s: x.update(sharding=s), state, experiment.shardings)
+        batch = jax.tree.map(lambda x: x.update(sharding=rows), batch)
     return state, batch
 
 

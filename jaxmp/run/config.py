@@ -143,6 +143,8 @@ class Config:
     """An experiment: backpropagate as one of so many identical workers whose losses are averaged."""
     mesh: str = ""
     """How devices share the work: data=8, data=2,fsdp=4, fsdp=4,tensor=2, data=-1 (empty: one device)."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are in while devices sum them; bfloat16 halves what is sent."""
     seed: int = 0
     """Seeds the initial parameters, dropout and the order of the data."""
     workdir: str = ""

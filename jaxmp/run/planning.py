@@ -10,11 +10,14 @@ import json
 import pathlib
 import re
 import sys
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
-from jaxmp import plan
+from jaxmp import plan, training
+from jaxmp.plan import compile as compiling
 from jaxmp.plan import targets
 from jaxmp.run import build, cli
 from jaxmp.run.config import Config, ConfigError
@@ -23,9 +26,11 @@ USAGE = """usage: plan.py configs/NAME.py [--target TARGET] [--json FILE] [--set
 
 Compiles the training step of a config for hardware that is not here, and prints its memory, bytes,
 FLOPs, roofline and products. Exit code 0: it fits; 1: it does not.
-  --target TARGET   gpu-h100 (default), gpu-h200, gpu-a100, tpu-v5e, tpu-v5p, tpu-v6e, cpu
+  --target TARGET   gpu-h100 (default), gpu-h200, gpu-a100, tpu-v5e, tpu-v5p, tpu-v6e, cpu; several
+                    devices as gpu-h100:8 or tpu-v5e:4x4, which the config's mesh divides
   --json FILE       also write the plan as JSON
-  plan.py configs/NAME.py --target tpu-v5e --batch_size 64 --accumulate 4"""
+  plan.py configs/NAME.py --target tpu-v5e --batch_size 64 --accumulate 4
+  plan.py configs/llama_7b_bfloat16.py --target tpu-v5e:4x4 --mesh fsdp=16"""
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 
@@ -49,16 +54,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def estimate(config: Config, target: str) -> plan.Estimate:
-    """The estimate of a config's step on a target.
+    """The estimate of a config's step on a target, its mesh over the target's devices.
 
-    Raises ConfigError for a target that is unknown, lacks its compiler, or whose compiler gives up
-    because the step needs more memory than there is.
+    Raises ConfigError for a target that is unknown, lacks its compiler or does not suit the mesh, or whose
+    compiler gives up because the step needs more memory than there is.
     """
     try:
         devices = targets.devices(target)
     except ValueError as error:
         raise ConfigError(f"--target: {error}") from error
-    if len(devices) > 1 and not config.mesh and target != "cpu":
+    if targets.parse_target(target).device_count > 1 and not config.mesh:
         raise ConfigError(
             f"--target: {target} has {len(devices)} devices and the config uses one; say how they share the "
             f"work, such as --mesh fsdp={len(devices)} or data={len(devices)}."
@@ -68,10 +73,21 @@ def estimate(config: Config, target: str) -> plan.Estimate:
         state, batch = build.abstract_arguments(parts)
     try:
         with build.model_mistakes():
-            program = plan.compile_for(parts.step, state, batch, target, shardings=layout)
+            program = _compile(parts, state, batch, target)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(_refusal(target, " ".join(str(error).split()))) from error
     return plan.estimate(program, state, batch)
+
+
+def _compile(parts: build.Experiment, state: Any, batch: Any, target: str) -> compiling.Compiled:
+    """The report of the step that training would run."""
+    if parts.shardings is None:
+        return plan.compile_for(parts.step, state, batch, target)
+    lowered = training.jit_step(parts.step, parts.shardings).lower(state, batch)
+    started = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - started
+    return compiling.describe(compiled, target, state=state, compile_seconds=seconds)
 
 
 def _refusal(target: str, said: str) -> str:

@@ -27,8 +27,43 @@ def test_a_loop_runs_its_body_as_often_as_it_counts():
 
     module = hlo.parse(compiled(fn, (16, 16)))
     loops = [i for i in module.entry.instructions if i.opcode == "while"]
-    assert [hlo.trip_count(loop) for loop in loops] == [7]
+    assert [module.trip_count(module.entry, loop) for loop in loops] == [7]
     assert module.executions[loops[0].calls["body"][0]] == 7
+
+
+COUNTED = """%body (c: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %c = (s32[], f32[4]{0}) parameter(0)
+  ROOT %same = (s32[], f32[4]{0}) copy(%c)
+}
+
+%condition (d: (s32[], f32[4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(32)
+  %d = (s32[], f32[4]{0}) parameter(0)
+  %count = s32[] get-tuple-element(%d), index=0
+  ROOT %lt = pred[] compare(%count, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> (s32[], f32[4]) {
+  %x = f32[4]{0} parameter(0)
+  %start = s32[] constant(2)
+  %tuple = (s32[], f32[4]{0}) tuple(%start, %x)
+  ROOT %loop = (s32[], f32[4]{0}) while(%tuple), condition=%condition, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "times"),
+    [({}, 30), ({"constant(32)": "get-tuple-element(%d), index=0"}, 1), ({"=LT": "=GT"}, 1)],
+    ids=["counted", "unknown bound", "counting down"],
+)
+def test_a_loop_without_a_note_is_counted_by_its_condition(change, times):
+    """As a TPU's compiler writes them."""
+    text = COUNTED
+    for old, new in change.items():
+        text = text.replace(old, new)
+    module = hlo.parse("HloModule m\n\n" + text)
+    assert module.executions["body"] == times
 
 
 def test_it_names_the_line_of_the_users_code():
