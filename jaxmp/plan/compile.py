@@ -19,7 +19,7 @@ from jaxmp.plan.products import Product
 Shardings = Callable[[Sequence[jax.Device]], tuple[Any, Any]]
 """Maps a target's devices to shardings of the state and of the batch (trees or prefixes of them)."""
 
-_SHOWN = 8  # wide products that a report spells out; a float32 model has hundreds
+_SHOWN = 8  # places of wide products that a report spells out; a float32 model has hundreds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +104,11 @@ class Compiled:
         ]
         for dtypes, (count, flops) in self.products_by_dtypes.items():
             lines.append(f"  {count} products {dtypes}: {flops / 1e12:.3f} TFLOP")
-        for product in self.wide_products[:_SHOWN]:
-            lines.append(f"  wide: {product.dtypes} in {product.name} at {product.source or '?'}")
-        if len(self.wide_products) > _SHOWN:
-            lines.append(f"  and {len(self.wide_products) - _SHOWN} more wide products")
+        places = products_lib.by_place(self.wide_products)
+        for place, (count, _) in list(places.items())[:_SHOWN]:
+            lines.append(f"  wide: {count} of {place}")
+        if len(places) > _SHOWN:
+            lines.append(f"  and {len(places) - _SHOWN} more places of wide products")
         if self.not_aliased:
             lines.append(f"  donated but not reused: {', '.join(self.not_aliased)}")
         return "\n".join(lines)

@@ -92,8 +92,11 @@ class Estimate:
             rows.append((kind, f"{times:g} times, {_decimal(size, 'B')} of {dtype} a step"))
         for dtypes, (count, flops) in program.products_by_dtypes.items():
             rows.append(("products", f"{count:g} of {dtypes}, {_decimal(flops, 'FLOP')}"))
-        for product in program.wide_products[:_SHOWN]:
-            rows.append(("wide product", f"{product.dtypes} at {product.source or product.name}"))
+        places = products_lib.by_place(program.wide_products)
+        for place, (count, flops) in list(places.items())[:_SHOWN]:
+            rows.append(("wide products", f"{count:g} of {place}, {_decimal(flops, 'FLOP')}"))
+        if len(places) > _SHOWN:
+            rows.append(("wide products", f"and {len(places) - _SHOWN} more places"))
         rows.append(("compiled in", f"{program.compile_seconds:.1f} s"))
         rows += [("try", sentence) for sentence in suggestions(self)]
         width = max(len(name) for name, _ in rows)

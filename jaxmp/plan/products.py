@@ -86,6 +86,16 @@ def by_dtypes(found: Iterable[Product]) -> dict[str, tuple[int, float]]:
     return dict(sorted(table.items(), key=lambda row: -row[1][1]))
 
 
+def by_place(found: Iterable[Product]) -> dict[str, tuple[int, float]]:
+    """Returns number of executions and FLOPs for each "dtypes at file:line", most FLOPs first."""
+    table: dict[str, tuple[int, float]] = {}
+    for product in found:
+        place = f"{product.dtypes} at {product.source or product.name or '?'}"
+        count, flops = table.get(place, (0, 0.0))
+        table[place] = (count + int(product.times), flops + product.flops)
+    return dict(sorted(table.items(), key=lambda row: -row[1][1]))
+
+
 def _kind(instruction: hlo.Instruction) -> str:
     if instruction.opcode in ("dot", "ragged-dot", "scaled-dot"):
         return "dot"

@@ -7,6 +7,7 @@ what it costs. No step runs.
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import re
 import sys
@@ -21,6 +22,7 @@ from jaxmp.plan import compile as compiling
 from jaxmp.plan import targets
 from jaxmp.run import build, cli
 from jaxmp.run.config import Config, ConfigError
+from jaxmp.training import mesh as meshes
 
 USAGE = """usage: plan.py configs/NAME.py [--target TARGET] [--json FILE] [--setting VALUE ...]
 
@@ -43,21 +45,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target, rest = cli.take_one(arguments, "--target", "gpu-h100")
         file, rest = cli.take_one(rest, "--json", "")
         config, name = cli.parse(rest, USAGE)
-        found = estimate(config, target)
-        print(f"{name}, policy {config.policy}, batch {config.batch_size}\n{found}")
+        print(f"{name}, policy {config.policy}, batch {config.batch_size}", flush=True)
+        try:
+            found = estimate(config, target)
+            said, row, fits = str(found), found.to_dict(), found.fits
+        except DoesNotFit as refusal:
+            said, row, fits = str(refusal), {"target": target, "refused": str(refusal)}, False
+        advice = () if fits else ways_out(config)
+        print("\n".join((said, *(f"try {way}" for way in advice))))
         if file:
-            text = json.dumps(found.to_dict(), indent=1) + "\n"
+            text = json.dumps({**row, "fits": fits, "ways_out": advice}, indent=1) + "\n"
             pathlib.Path(file).write_text(text, encoding="utf-8")
-        return 0 if found.fits else 1
+        return 0 if fits else 1
 
     return cli.exit_code_of(run)
+
+
+class DoesNotFit(Exception):
+    """A compiler refused a step because it needs more memory than the device has; told in a sentence."""
+
+
+def ways_out(config: Config) -> tuple[str, ...]:
+    """What makes a device hold less at once, as settings of the command line that this config leaves open."""
+    mesh = meshes.parse_mesh(config.mesh) if config.mesh else {}
+    parts = math.prod(size for axis, size in mesh.items() if axis in meshes.BATCH_AXES and size > 0)
+    ways = []
+    if config.batch_size >= 2 * config.accumulate * parts:
+        ways.append(f"--accumulate {2 * config.accumulate}: half the activations, the same update.")
+    if getattr(config.model, "remat", "full") != "full":
+        ways.append("--model.remat full: only the input of each block is kept, a third more FLOPs.")
+    if "fsdp" not in mesh:
+        ways.append("--mesh fsdp=-1: state and gradients are cut among the target's devices.")
+    ways.append("more devices, as in --target tpu-v5e:4x4 or gpu-h100:8, with fsdp in the mesh.")
+    return tuple(ways)
 
 
 def estimate(config: Config, target: str) -> plan.Estimate:
     """The estimate of a config's step on a target, its mesh over the target's devices.
 
-    Raises ConfigError for a target that is unknown, lacks its compiler or does not suit the mesh, or whose
-    compiler gives up because the step needs more memory than there is.
+    Raises DoesNotFit where the compiler refuses the step for want of memory, and ConfigError for a target
+    that is unknown, lacks its compiler or does not suit the mesh.
     """
     try:
         devices = targets.devices(target)
@@ -75,7 +102,10 @@ def estimate(config: Config, target: str) -> plan.Estimate:
         with build.model_mistakes():
             program = _compile(parts, state, batch, target)
     except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(_refusal(target, " ".join(str(error).split()))) from error
+        said = " ".join(str(error).split())
+        if _OUT_OF_MEMORY.search(said):
+            raise DoesNotFit(f"does NOT fit {target}; its compiler says: {said[:300]}") from error
+        raise ConfigError(_refusal(target, said)) from error
     return plan.estimate(program, state, batch)
 
 
@@ -91,13 +121,7 @@ def _compile(parts: build.Experiment, state: Any, batch: Any, target: str) -> co
 
 
 def _refusal(target: str, said: str) -> str:
-    """What to tell when a target's compiler gives up, and what to try."""
-    if _OUT_OF_MEMORY.search(said):
-        return (
-            f"--target: the step does NOT fit {target}; its compiler says: {said[:200]}\nAccumulate "
-            "over more microbatches (--accumulate), take a smaller --batch_size, or a device with "
-            "more memory."
-        )
+    """What to tell when a target's compiler gives up for another reason, and what to try."""
     return (
         f"--target: the compiler of {target} gives up on this step: {said[:200]}\nAn absent GPU cannot "
         "try its kernels: widths that are multiples of 64 are safe; or leave the products to its "

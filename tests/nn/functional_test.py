@@ -48,6 +48,41 @@ def product_dtypes(jaxpr):
     return found
 
 
+class TestLlamasPieces:
+    """Values are held to float64 by `models/llama_test.py`; here their derivatives and 16-bit results."""
+
+    @pytest.mark.parametrize(
+        ("fn", "shapes"),
+        [(F.rms_norm, [(3, 8), (8,)]), (F.swiglu, [(3, 8), (3, 8)]), (F.rotary, [(2, 5, 2, 4)])],
+        ids=["rms_norm", "swiglu", "rotary"],
+    )
+    def test_both_modes_agree_with_differences(self, fn, shapes):
+        arguments = [normal(i, *shape) for i, shape in enumerate(shapes)]
+        check_grads(fn, arguments, order=1, modes=("fwd", "rev"), atol=1e-2, rtol=1e-2)
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_16_bit_results_are_float64_ones_rounded(self, dtype):
+        x, y = normal(0, 64, 32, dtype=dtype), normal(1, 64, 32, dtype=dtype)
+        gate, up = exact(x), exact(y)
+        assert_close_ulp(F.swiglu(x, y), gate * scipy.special.expit(gate) * up, 1)
+        root = np.sqrt((gate**2).mean(-1, keepdims=True) + 1e-5)
+        assert_close_ulp(F.rms_norm(x, y[0]), gate / root * up[0], 1)
+
+    def test_queries_that_share_a_key_are_those_of_repeated_keys(self):
+        q, k, v = normal(0, 2, 5, 6, 4), normal(1, 2, 5, 2, 4), normal(2, 2, 5, 2, 4)
+        each = [
+            F.attention(
+                q[:, :, i : i + 1],
+                k[:, :, i // 3][:, :, None],
+                v[:, :, i // 3][:, :, None],
+                causal=True,
+            )
+            for i in range(6)
+        ]
+        together = F.attention(q, k, v, causal=True)
+        np.testing.assert_allclose(together, jnp.concatenate(each, axis=2), atol=1e-6)
+
+
 class TestSoftmaxCrossEntropy:
     targets = jnp.array([[0, 4, 2], [1, 1, 3]])
 

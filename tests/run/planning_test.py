@@ -6,6 +6,7 @@ import pathlib
 import jax
 import pytest
 
+from jaxmp.plan import targets
 from jaxmp.run import build, cli, planning
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -56,3 +57,89 @@ def test_a_target_without_its_compiler_names_the_extra(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert planning.main([MLP, "--target", "tpu-v5e"]) == 2
     assert 'pip install "jaxmp[tpu]"' in capsys.readouterr().err
+
+
+def test_what_a_compiler_refuses_does_not_fit(monkeypatch, tmp_path, capsys):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 35.6G of 15.75G hbm."
+        )
+
+    monkeypatch.setattr(planning, "_compile", refuse)
+    where = tmp_path / "plan.json"
+    assert planning.main([MLP, "--target", "cpu", "--json", str(where)]) == 1
+    said = capsys.readouterr().out
+    assert "does NOT fit cpu" in said and "Used 35.6G of 15.75G" in said
+    assert "try --accumulate 2" in said and "try --mesh fsdp=-1" in said
+    row = json.loads(where.read_text())
+    assert row["fits"] is False and "35.6G" in row["refused"]
+
+
+def test_ways_out_are_those_that_the_config_leaves_open():
+    gpt = str(CONFIGS / "gpt2_124m_bfloat16.py")
+    config, _ = cli.parse([gpt, "--mesh", "data=8", "--batch_size", "32"])
+    assert [way.split(":")[0] for way in planning.ways_out(config)[:3]] == [
+        "--accumulate 2",
+        "--model.remat full",
+        "--mesh fsdp=-1",
+    ]
+    config, _ = cli.parse([gpt, "--mesh", "fsdp=8", "--accumulate", "4", "--model.remat", "full"])
+    assert len(planning.ways_out(config)) == 1
+
+
+def test_several_devices_need_a_mesh(monkeypatch, capsys):
+    monkeypatch.setattr(targets, "devices", lambda name: jax.devices() * 8)
+    assert planning.main([MLP, "--target", "gpu-h100:8"]) == 2
+    assert "--mesh fsdp=8" in capsys.readouterr().err
+
+
+SMALL = [
+    str(CONFIGS / "gpt2_124m_bfloat16.py"),
+    *("--model.vocab_size 512 --model.width 256 --model.depth 4 --model.heads 4").split(),
+    *("--batch_size 16 --data.sequence_length 512").split(),
+]
+
+
+@pytest.mark.slow
+def test_the_peak_falls_when_told_to(tmp_path):
+    """On a TPU slice: half of the devices, all, recomputing, and in smaller microbatches."""
+    missing = targets.missing_wheel("tpu-v5e")
+    if missing:
+        pytest.skip(missing)
+
+    def plan(*settings):
+        config, _ = cli.parse([*SMALL, *settings])
+        return planning.estimate(config, "tpu-v5e:2x2")
+
+    half, whole = plan("--mesh", "data=2"), plan("--mesh", "fsdp=4")
+    again, parts = (
+        plan("--mesh", "fsdp=4", *more.split()) for more in ("--model.remat full", "--accumulate 4")
+    )
+    assert half.peak_bytes > whole.peak_bytes > again.peak_bytes
+    assert whole.peak_bytes > parts.peak_bytes
+    state = ("parameters", "optimizer")
+    assert sum(whole.memory[s] for s in state) < 1.1 / 4 * sum(half.memory[s] for s in state)
+    for found in (half, whole, again, parts):
+        assert found.program.wide_products == ()
+        gathers = {dtype for kind, dtype in found.program.traffic_by_kind if kind == "all-gather"}
+        assert gathers <= {"bfloat16"}
+
+
+@pytest.mark.slow
+def test_layers_gathered_in_their_loop_move_eight_bytes_a_parameter():
+    missing = targets.missing_wheel("tpu-v5e")
+    if missing:
+        pytest.skip(missing)
+    llama = str(CONFIGS / "llama_1b_bfloat16.py")
+    small = "--model.width 512 --model.mlp_width 1536 --model.heads 4 --model.kv_heads 2 --model.depth 4"
+    config, _ = cli.parse(
+        [llama, *small.split(), *("--model.vocab_size 2048 --data.sequence_length 512").split()]
+    )
+    found = planning.estimate(config, "tpu-v5e:4x4")
+    sent = found.program.traffic_by_kind
+    assert {dtype for kind, dtype in sent if kind == "all-gather"} == {"bfloat16"}
+    # 2 bytes forward, 2 for the backward pass that computes again, 4 for float32 gradients; what is no
+    # layer is gathered once. Were one activation gathered, there would be more.
+    assert sum(size for _, size in sent.values()) <= 8 * found.parameters
+    whole = sum(size for (kind, _), (_, size) in sent.items() if kind == "all-gather")
+    assert whole <= 4 * found.parameters

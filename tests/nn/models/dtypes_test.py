@@ -24,6 +24,7 @@ MODELS = {
         IMAGES,
     ),
     "gpt": (models.GPT(models.GPTConfig(depth=2, dropout=0.1)), TOKENS),
+    "llama": (models.Llama(models.LlamaConfig(depth=2)), TOKENS),
     "gpt_untied": (models.GPT(models.GPTConfig(depth=2, tied=False)), TOKENS),
 }
 
@@ -47,7 +48,7 @@ def test_products_have_16_bit_operands_and_gradients_the_dtype_of_parameters(nam
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
     if jnp.issubdtype(inputs.dtype, jnp.floating):
         inputs = inputs.astype(dtype)
-    targets = jnp.zeros(inputs.shape if "gpt" in name else inputs.shape[:1], jnp.int32)
+    targets = jnp.zeros(inputs.shape if inputs.ndim == 2 else inputs.shape[:1], jnp.int32)
     loss_fn = linen.loss_from(model, F.softmax_cross_entropy)
 
     def gradients(params, model_state):
