@@ -37,19 +37,21 @@ class Collective:
 def collectives(module: hlo.Module) -> tuple[Collective, ...]:
     """Returns every exchange between devices that runs, in the program's order.
 
-    Several arrays sent as one are several entries. An asynchronous one is counted once: where it starts, or,
-    as a TPU's program repeats it in each kernel that runs beside it, where its channel is first seen.
+    Several arrays sent as one are several entries. An asynchronous one is counted once, where it starts. A
+    TPU's program repeats it in the kernels that run beside it and in the one that ends it, as links of one
+    chain on one channel (other compilers give one channel to many exchanges).
     """
     found = []
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     for computation, instruction, times in module.instructions():
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        channel = instruction.attribute("channel_id")
-        if channel and channel in seen:
+        chain = instruction.attribute("chain_id")
+        link = (chain, instruction.attribute("channel_id"))
+        if chain and link in seen:
             continue
-        seen.add(channel)
+        seen.add(link)
         given = [array for shapes in computation.operand_shapes(instruction) for array in shapes]
         # A started exchange has its operands among its results, in front.
         got = instruction.shapes[-len(given) :] if given else instruction.shapes

@@ -70,20 +70,21 @@ ASYNC = """HloModule m
 
 %begin (p: bf16[4,8]) -> (bf16[64,8], u32[]) {
   %p = bf16[4,8]{1,0} parameter(0)
-  %g = bf16[64,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}
+  %g = bf16[64,8]{1,0} all-gather(%p), channel_id=7, dimensions={0}, frontend_attributes={chain_id="3"}
   ROOT %s = (bf16[64,8]{1,0}, u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
 }
 
 %end (q: bf16[4,8]) -> bf16[64,8] {
   %q = bf16[4,8]{1,0} parameter(0)
-  %h = bf16[64,8]{1,0} all-gather(%q), channel_id=7, dimensions={0}
+  %h = bf16[64,8]{1,0} all-gather(%q), channel_id=7, dimensions={0}, frontend_attributes={chain_id="3"}
   ROOT %d = bf16[64,8]{1,0} custom-call(%q, %h), custom_call_target="AsyncCollectiveDone"
 }
 
 ENTRY %main (x: bf16[4,8]) -> bf16[64,8] {
   %x = bf16[4,8]{1,0} parameter(0)
   %b = (bf16[64,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%begin
-  %other = bf16[64,8]{1,0} all-gather(%x), channel_id=8, dimensions={0}
+  %other = bf16[64,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
+  %third = bf16[64,8]{1,0} all-gather(%x), channel_id=1, dimensions={0}
   ROOT %e = bf16[64,8]{1,0} fusion(%x), kind=kCustom, calls=%end
 }
 """
@@ -91,4 +92,4 @@ ENTRY %main (x: bf16[4,8]) -> bf16[64,8] {
 
 def test_an_exchange_in_several_kernels_is_counted_once():
     found = collectives.collectives(hlo.parse(ASYNC))
-    assert collectives.by_kind_and_dtype(found) == {("all-gather", "bfloat16"): (2, 2 * 64 * 8 * 2)}
+    assert collectives.by_kind_and_dtype(found) == {("all-gather", "bfloat16"): (3, 3 * 64 * 8 * 2)}
