@@ -279,4 +279,7 @@ def _zero_where(mask: np.ndarray, x: Any) -> Any:
         return x
     repaired = np.array(x)
     repaired[mask] = 0
-    return jax.device_put(repaired, x.sharding) if isinstance(x, jax.Array) else repaired
+    if not isinstance(x, jax.Array):
+        return repaired
+    # Bound to its device only if `x` is, or all that follows would be compiled anew.
+    return jax.device_put(repaired, x.sharding if x.committed else None)

@@ -6,8 +6,9 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxmp.diagnose.operands import Values
-from jaxmp.numerics import formats as number_formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +125,11 @@ def _cause(blame: Blame) -> str:
         )
     if blame.kind == "constant":
         return "It is written into the program or captured by it; nothing computed is to blame."
+    if blame.primitive == "gather":
+        return "An index out of bounds is filled with NaN: compare the indices with the table's length."
     here = [v.here for v in blame.inputs]
     rule = _RULES.get(blame.primitive)
-    known = all(x is not None for x in here) and here
-    found = rule(blame, *here) if rule and known else None
-    if blame.primitive == "gather":
-        return _lookup()
+    found = rule(blame, *here) if rule and None not in here else None
     found = found or _outside(blame, here) or _of_infinities(blame, here) or _overflow(blame)
     return found or "Look at the values that went in."
 
@@ -143,7 +143,7 @@ def _outside(blame: Blame, here: list) -> str | None:
 
 
 def _of_infinities(blame: Blame, here: list) -> str | None:
-    if not any(v.infs for v in blame.inputs) or blame.output.here == math.inf:
+    if not any(v.infs for v in blame.inputs) or not math.isnan(blame.output.here or 0.0):
         return None
     numbers = [x for x in here if x is not None]
     if blame.primitive == "mul" and 0 in numbers:
@@ -163,7 +163,7 @@ def _overflow(blame: Blame) -> str | None:
     out = blame.output
     if out.infs == 0 and not out.dtype.startswith("float8"):
         return None
-    limit = float(number_formats.format_of(out.dtype).max)
+    limit = float(jnp.finfo(out.dtype).max)
     sizes = [abs(v.here) for v in blame.inputs if v.here is not None]
     at_conversion = blame.primitive == "convert_element_type" and sizes
     size = sizes[0] if at_conversion else blame.exact
@@ -232,17 +232,13 @@ def _integer_power(blame: Blame, x: float) -> str | None:
 
 def _exponential(blame: Blame, x: float) -> str | None:
     base = 2.0 if blame.primitive == "exp2" else math.e
-    limit = math.log(float(number_formats.format_of(blame.output.dtype).max), base)
+    limit = math.log(float(jnp.finfo(blame.output.dtype).max), base)
     if not x > limit:
         return None
     return (
         f"{blame.primitive} of {x:g} overflows {blame.output.dtype}, which ends at {blame.primitive} of "
         f"{limit:.4g}: subtract the maximum first (softmax, logsumexp), or clip the argument."
     )
-
-
-def _lookup() -> str:
-    return "An index out of bounds is filled with NaN: compare the indices with the table's length."
 
 
 _RULES = {

@@ -17,7 +17,9 @@ ELEMENTWISE = frozenset(
     "max min clamp nextafter convert_element_type reduce_precision".split()
 )
 """Operations of which each element is made of the operands' elements at the same place, or of scalars."""
-_WIDENED = (ELEMENTWISE | {"dot_general", "reduce_sum", "cumsum"}) - {"reduce_precision"}
+_WIDENED = (ELEMENTWISE | {"dot_general", "conv_general_dilated", "reduce_sum", "cumsum"}) - {
+    "reduce_precision"
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,6 +117,10 @@ def observe(program: programs.Program, args: Sequence, probe: Probe) -> tuple[li
 
 def source_of(eqn: Any) -> str:
     """The innermost line, outside of libraries and of jaxmp but for its models, that made an operation."""
+    return _user_line(eqn) or source_info_util.summarize(eqn.source_info)
+
+
+def _user_line(eqn: Any) -> str:
     trace = eqn.source_info.traceback
     if trace is None:
         return ""
@@ -125,7 +129,7 @@ def source_of(eqn: Any) -> str:
         ours = code.co_filename.startswith(_PACKAGE) and not code.co_filename.startswith(_MODELS)
         if not ours and not code.co_filename.startswith(_LIBRARIES):
             return f"{_short(code.co_filename)}:{line} ({code.co_name})"
-    return source_info_util.summarize(eqn.source_info)
+    return ""
 
 
 def _short(filename: str) -> str:
@@ -271,8 +275,8 @@ def _site(path: tuple, loops: tuple[str, ...]) -> Site:
         primitive=eqn.primitive.name,
         scope=_scope(path),
         phase=_phase(path),
-        # Of a library's function that is under jit the operations know lines of the library alone.
-        source=next(filter(None, map(source_of, reversed(path))), ""),
+        # Operations in a function that is under jit may know lines of the library alone.
+        source=next(filter(None, map(_user_line, reversed(path))), "") or source_of(eqn),
         loops=loops,
         inputs=tuple(a if programs.is_literal(a) else a.aval for a in eqn.invars),
         outputs=tuple(a.aval for a in eqn.outvars),

@@ -122,7 +122,9 @@ def search(
         batch=parts.source.batch_at(record["step"] - 1),
         rng=jax.random.fold_in(rng, step - int(later)),
         model_state=model_state,
-        scale=jnp.float32(record["loss_scale"]),
+        scale=jnp.float32(
+            record["loss_scale"] / hosts.count()
+        ),  # as one's share of the mean has it
     )
 
 
