@@ -104,7 +104,7 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.sqrt(error / sum(np.sum(b**2) for _, b in pairs)))
 
 
-def error_row(name: str, draws: int = 8) -> dict[str, Any]:
+def error_row(name: str, draws: int = 64) -> dict[str, Any]:
     """Root mean square errors of loss and gradient against float32, over initialisations and data."""
     entry, size = zoo.ZOO[name], zoo.SMALL
     gradients = {way: jax.jit(gradient_of(name, way, size)) for way in WAYS}

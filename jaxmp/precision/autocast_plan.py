@@ -106,7 +106,7 @@ class Planner:
         forms.update((v, given(v)) for v in jaxpr.constvars)
         steps = []
         for eqn in jaxpr.eqns:
-            step = self._step(eqn, forms, [used.get(v, NONE) for v in eqn.outvars], prefix)
+            step = self._step(eqn, forms, used, prefix)
             forms.update(zip(eqn.outvars, step.results))
             steps.append(step)
         outputs = [self._form(v, forms) for v in jaxpr.outvars]
@@ -122,8 +122,9 @@ class Planner:
         keeps = rules.survives(atom.val, self.settings.dtype, self._largest, self._smallest)
         return Form.OPEN if keeps else Form.FULL
 
-    def _step(self, eqn: Any, forms: dict, demands: list[Demand], prefix: str) -> Step:
+    def _step(self, eqn: Any, forms: dict, used: dict[Any, Demand], prefix: str) -> Step:
         scope = self.demands.scope(eqn, prefix)
+        demands = [used.get(v, NONE) for v in eqn.outvars]
         demand = union(demands)
         operands = [self._form(v, forms) for v in eqn.invars]
         kind, reason = self.demands.rule(eqn, scope, demand)
@@ -149,6 +150,8 @@ class Planner:
                 form = Form.LOW
         else:
             run, form, why = self._widest(eqn, kind, operands, demand, scope)
+            if run == Form.FULL and form == Form.LOW and _skips(eqn, operands, used):
+                run = Form.LOW
             reason = why or reason
         results = _fit([form] * len(eqn.outvars), eqn)
         step = Step(run, results, reason, scope, operands=operands)
@@ -182,10 +185,7 @@ class Planner:
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
-            made = _made(Form.FULL, demand)
-            # Cast up, a 16-bit skip connection might be written once more, in float32.
-            skips = name == "add" and made == Form.LOW and Form.LOW in present
-            return (Form.LOW if skips else Form.FULL), made, ""
+            return Form.FULL, _made(Form.FULL, demand), ""
         if moves:
             if name in rules.READS_ROWS and demand & PRODUCT and not demand & Demand.OUTPUT:
                 return Form.FULL, Form.LOW, ""
@@ -314,6 +314,17 @@ def _is_awaited(eqn: Any, operands: list[Form | None], demand: Demand) -> bool:
             if form is Form.OPEN and not programs.is_literal(atom) and _is_bias(atom):
                 return False
     return bool(demand & (Demand.FLOAT32 | Demand.OUTPUT))
+
+
+def _skips(eqn: Any, operands: list[Form | None], used: dict[Any, Demand]) -> bool:
+    """Whether a 16-bit skip connection is added to a float32 branch, and read nowhere in float32.
+
+    Cast up for this sum alone, it might be written once more, in float32.
+    """
+    pairs = zip(eqn.invars, operands)
+    narrow = [v for v, form in pairs if form == Form.LOW and not programs.is_literal(v)]
+    awaited = any(used.get(v, NONE) & Demand.FLOAT32 for v in narrow)
+    return eqn.primitive.name == "add" and bool(narrow) and not awaited
 
 
 def _is_bias(atom: Any) -> bool:

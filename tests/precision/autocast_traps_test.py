@@ -186,6 +186,21 @@ def test_float16_small_constants_and_squares_survive() -> None:
     np.testing.assert_allclose(autocast(product, "float16")(big, W), product(big, W), rtol=1e-2)
 
 
+# Sums of a 16-bit value and a float32 one
+
+
+def test_a_skip_connection_is_added_in_16_bits_unless_it_is_read_in_float32() -> None:
+    branch = lambda x: jnp.exp(x @ W)  # float32
+    skip = lambda x: ((x @ W) + branch(x)) @ W
+    assert dtypes_of("add", autocast(skip), X) == ["bfloat16"]
+
+    def sample(x: jax.Array) -> jax.Array:  # as a variational autoencoder draws its code
+        mean = x @ W
+        return jnp.sum((mean + branch(x)) @ W) + jnp.sum(mean**2)
+
+    assert "bfloat16" not in dtypes_of("add", autocast(sample), X)
+
+
 # Loops
 
 
@@ -394,6 +409,12 @@ def test_static_arguments_and_modules_pass() -> None:
         return activation(x[:size] @ W) if train else x
 
     assert autocast(fn)(X, 2, train=True, activation=jax.nn.relu).shape == (2, 8)
+
+
+def test_arrays_are_cast_in_keyword_arguments_too() -> None:
+    fn = lambda x, *, w: x @ w
+    assert dtypes_of("dot_general", lambda x, w: autocast(fn)(x, w=w), X, W) == ["bfloat16"]
+    assert dtypes_of("dot_general", lambda x, w: autocast(fn)(w=w, x=x), X, W) == ["bfloat16"]
 
 
 # Overrides, regions, rules, explain
