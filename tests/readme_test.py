@@ -5,6 +5,8 @@ import io
 import pathlib
 import re
 
+from jaxmp.precision import autocast_rules
+
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -23,3 +25,7 @@ def test_the_quickstart_has_two_blocks_and_ci_runs_the_second():
     assert len(blocks) == 2
     ci = (pathlib.Path(__file__).parents[1] / ".ci" / "run").read_text()
     assert blocks[1].strip().splitlines()[-1] in ci
+
+
+def test_the_table_of_autocast_is_the_one_in_the_code():
+    assert autocast_rules.as_markdown() in README
