@@ -394,12 +394,11 @@ def jax_resnet_18(size: Size, dtype: Dtype | None) -> Model:
     """ResNet-18 of the package jax-resnet."""
     import jax_resnet
 
-    block = functools.partial(
-        jax_resnet.common.ConvBlock,
+    module = jax_resnet.ResNet18(
+        n_classes=size.classes,
         conv_cls=functools.partial(nn.Conv, dtype=dtype),
         norm_cls=functools.partial(nn.BatchNorm, momentum=0.9, dtype=dtype),
     )
-    module = jax_resnet.ResNet18(n_classes=size.classes, conv_block_cls=block)
     return linen_model(module, size, "images")
 
 
