@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.diagnose import flow, suggest
-from jaxmp.run import audit, build, cli, loop, metrics
+from jaxmp.diagnose import flow, magnitudes, range_table, suggest
+from jaxmp.run import audit, build, cli, instruments, loop, metrics
 
 pytest.importorskip("matplotlib")
 
-GPT = str(pathlib.Path(__file__).parents[2] / "configs" / "text_gpt_float16.py")
+MLP = str(pathlib.Path(__file__).parents[2] / "configs" / "digits_mlp_float16.py")
 SIZES = (
-    "--model.width 16 --model.depth 2 --model.heads 2 --model.context 16 --data.sequence_length 16 "
-    "--batch_size 4 --steps 6 --optimizer.warmup 2 --log.flow 2 --log.report False --checkpoint.every 4"
+    "--model.width 8 --model.depth 1 --batch_size 4 --steps 6 --optimizer.warmup 2 --log.flow 2 "
+    "--log.report False --checkpoint.every 4"
 ).split()
 
 
@@ -25,7 +25,7 @@ SIZES = (
 def trained(tmp_path_factory):
     """The command line of a run that was trained."""
     directory = tmp_path_factory.mktemp("run")
-    arguments = [GPT, *SIZES, "--workdir", str(directory)]
+    arguments = [MLP, *SIZES, "--workdir", str(directory)]
     config, _ = cli.parse(arguments)
     assert loop.train(config).exit_code == 0
     return arguments, config, directory
@@ -40,12 +40,13 @@ def test_a_page_of_a_run_at_its_newest_checkpoint(trained, capsys):
     assert where == directory / "audit" / "report.html"
     assert "http" not in text  # self-contained
     pictures = sorted(where.parent.glob("*.png"))
-    assert len(pictures) == text.count("data:image/png;base64,") == 5
+    assert len(pictures) == text.count("data:image/png;base64,") == 4
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures)
-    assert f"text_gpt_float16, at step {config.steps}" in text
+    assert f"digits_mlp_float16, at step {config.steps}" in text
     skipped = sum(r["skipped"] for r in metrics.read(directory / "metrics.jsonl"))
     assert f"<b>{skipped} of 6</b><span>skipped steps</span>" in text
-    assert "TransformerBlock_1" in text and "<span>bfloat16</span>" in text
+    assert "Dense_0" in text and "The model has no attention" in text
+    assert "<span>bfloat16</span>" in text
     assert sorted(path.name for path in (directory / "checkpoints").iterdir()) == before
 
 
@@ -79,36 +80,52 @@ def test_mistakes_are_sentences(trained, more, words, capsys):
     assert re.search(words, said) and "Traceback" not in said
 
 
-def test_verdicts_name_what_does_not_fit_and_what_is_dead():
-    small = {"scale": 2.0**12, "kept": (("**/big", "float32"),), "holds": True}
-    cases = {
-        "fits, scale 2^12": small | {"kept": ()},
-        "fits, 1 in float32, scale 2^12": small,
-        "does not fit": small | {"holds": False},
-    }
+def found_with(advice, attention=()):
+    """An audit of two modules, of which the first has no gradient."""
     dead = flow.GradientFlow(("a", "b"), jnp.array([0.0, 1.0]), (1, 1))
-    for words, case in cases.items():
-        advice = suggest.Suggestion(
-            "float16", case["scale"], case["kept"], (), True, True, case["holds"], (0.1, 0.0)
-        )
-        found = audit.Audit(
-            step=None,
-            ranges=dataclasses.replace(empty_ranges(), suggestions={"float16": advice}),
-            at_inputs=dead,
-            by_module=dead,
-            gains={"a": gain(3.0), "b": gain(12.0)},
-            whole=gain(30.0),
-            degree=audit.spectrum.Homogeneity(jnp.float32(1), jnp.float32(0)),
-            attention=[],
-        )
-        shown = audit.cards(found, [])
-        assert shown["float16"] == words
-        assert shown["gradients"] == "dead" and shown["largest stretch, b"] == "12×"
-
-
-def empty_ranges():
-    return audit.ranges.RangeAudit(("float16",), ())
+    tensor = range_table.Range("gradient", "a", magnitudes.measure(jnp.ones(3), ("float16",)))
+    return audit.Audit(
+        step=None,
+        ranges=audit.ranges.RangeAudit(("float16",), (tensor,), suggestions={"float16": advice}),
+        at_inputs=dead,
+        by_module=dead,
+        gains={"a": gain(3.0), "b": gain(12.0)},
+        whole=gain(30.0),
+        degree=audit.spectrum.Homogeneity(jnp.float32(1), jnp.float32(0)),
+        attention=list(attention),
+    )
 
 
 def gain(value):
     return audit.layer_gains.Gains(jnp.float32(value))
+
+
+ADVICE = suggest.Suggestion("float16", 2.0**12, (), (), True, True, True, (0.1, 0.0))
+KEPT = (("**/big", "float32"),)
+
+
+@pytest.mark.parametrize(
+    ("advice", "words"),
+    [
+        (ADVICE, "fits, scale 2^12"),
+        (dataclasses.replace(ADVICE, overrides=KEPT), "fits, 1 in float32, scale 2^12"),
+        (dataclasses.replace(ADVICE, holds=False), "does not fit"),
+    ],
+)
+def test_cards_name_what_does_not_fit_and_what_is_dead(advice, words):
+    shown = audit.cards(found_with(advice), [])
+    assert shown["float16"] == words
+    assert shown["gradients"] == "dead" and shown["largest stretch, b"] == "12×"
+
+
+def test_a_page_without_records_says_what_attention_does(tmp_path, trained):
+    sharp = instruments.Attention("layer_1", entropy=1.5, least_entropy=0.01, max_logit=80.0)
+    even = instruments.Attention("layer_0", entropy=1.6, least_entropy=1.5, max_logit=2.0)
+    advice = dataclasses.replace(ADVICE, overrides=KEPT)
+    page = audit.write(tmp_path, "x", trained[1], found_with(advice, [even, sharp]), tmp_path)
+    text = page.read_text()
+    assert "a row of layer_1 looks at one key alone, and the logits of layer_1 reach 80" in text
+    assert "float16 holds them with **/big in float32 and with a loss scale of 2^12" in text
+    assert "dead: a. The gradient is exactly zero." in text and "b stretches most, 12 times" in text
+    assert f"There are no records in {tmp_path} yet" in text
+    assert len(list(tmp_path.glob("*.png"))) == 4
