@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -291,7 +292,19 @@ def attention(
             f"cudnn attention takes float16 or bfloat16, not {query.dtype}; compute in 16 bits "
             'or choose the implementation "xla".'
         )
-    return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+    return _fused_attention(query, key, value, causal)
+
+
+def _fused_attention(query: Array, key: Array, value: Array, causal: bool) -> Array:
+    """cuDNN's attention; its backward pass takes even lengths, so odd ones get a row that nobody sees."""
+    settings: Any = {"is_causal": causal, "implementation": "cudnn"}
+    batch, queries, keys = query.shape[0], query.shape[1], key.shape[1]
+    if queries % 2 or keys % 2:
+        even = lambda x: jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+        query, key, value = even(query), even(key), even(value)
+        settings["query_seq_lengths"] = jnp.full(batch, queries, jnp.int32)
+        settings["key_value_seq_lengths"] = jnp.full(batch, keys, jnp.int32)
+    return jax.nn.dot_product_attention(query, key, value, **settings)[:, :queries]
 
 
 @jax.custom_jvp

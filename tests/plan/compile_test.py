@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmp.nn import functional as F
 from jaxmp.plan import compile as plan
 from jaxmp.plan import targets
 
@@ -88,3 +89,21 @@ def test_a_report_of_an_absent_machine(target):
     assert report.product_flops == 3 * 2 * 64 * 128 * 128
     assert (report.compiler_bytes is None) == (target == "gpu-h100")
     assert report.memory_bytes == targets.parse_target(target).chip.memory_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [64, 197])
+def test_fused_attention_takes_any_length(length):
+    """As a ViT-B/16 has 197 tokens with its class token, and cuDNN's backward pass wants even ones."""
+    missing = targets.missing_wheel("gpu-h100")
+    if missing:
+        pytest.skip(missing)
+
+    def attend(state, batch):
+        attention = lambda x: F.attention(x, x, x, causal=False, implementation="cudnn")
+        loss = lambda x: jnp.sum(attention(x).astype(jnp.float32))
+        return state - jax.grad(loss)(state), {}
+
+    array = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
+    report = plan.compile_for(attend, array, array, target="gpu-h100")
+    assert [product.kind for product in report.products] == ["attention", "attention"]
