@@ -149,7 +149,7 @@ def test_random_programs(steps: list, dtype: str) -> None:
 
 
 @pytest.mark.slow
-@settings(quick, max_examples=int(os.environ.get("JAXMP_RANDOM_PROGRAMS", "200")))
+@settings(quick, max_examples=int(os.environ.get("JAXMP_RANDOM_PROGRAMS", "40")))
 @given(program, st.sampled_from(["bfloat16", "float16"]))
 def test_many_random_programs(steps: list, dtype: str) -> None:
     check(steps, dtype)
