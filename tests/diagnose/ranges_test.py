@@ -227,13 +227,13 @@ def test_kinds_are_told_apart_and_all_is_plain_data():
 
 GPT = dataclasses.replace(
     text_gpt_float32.get_config(),
-    model=GPTConfig(vocab_size=256, context=32, width=64, depth=2, heads=2, dropout=0.1),
+    model=GPTConfig(vocab_size=256, context=32, width=64, depth=1, heads=2, dropout=0.1),
     data=TextConfig(sequence_length=32),
     batch_size=8,
     steps=100,
 )
 VIT = dataclasses.replace(
-    digits_vit_float32.get_config(), model=ViTConfig(width=32, depth=2, heads=2, dropout=0.1)
+    digits_vit_float32.get_config(), model=ViTConfig(width=32, depth=1, heads=2, dropout=0.1)
 )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax import lax
@@ -134,7 +133,7 @@ def check(steps: list, dtype: str) -> None:
 
 
 quick = settings(
-    max_examples=8,
+    max_examples=int(os.environ.get("JAXMP_RANDOM_PROGRAMS", "8")),  # each compiles four programs
     deadline=None,
     database=None,
     derandomize=True,
@@ -145,11 +144,4 @@ quick = settings(
 @quick
 @given(program, st.sampled_from(["bfloat16", "float16"]))
 def test_random_programs(steps: list, dtype: str) -> None:
-    check(steps, dtype)
-
-
-@pytest.mark.slow
-@settings(quick, max_examples=int(os.environ.get("JAXMP_RANDOM_PROGRAMS", "40")))
-@given(program, st.sampled_from(["bfloat16", "float16"]))
-def test_many_random_programs(steps: list, dtype: str) -> None:
     check(steps, dtype)
