@@ -22,7 +22,7 @@ TINY = {
     "llama_1b": {"heads": 2, "kv_heads": 1, "mlp_width": 48, "vocab_size": 256},
     "llama_7b": {"heads": 2, "kv_heads": 1, "mlp_width": 48, "vocab_size": 256},
     "imagenet_vit_b16": {"heads": 2, "num_classes": 10},
-    "imagenet_resnet50": {"width": 8, "stages": (1, 1), "num_classes": 10},
+    "imagenet_resnet50": {"width": 8, "stages": (1,), "num_classes": 10},
 }
 SIZES = {  # published parameters: GPT-2, Mistral 7B, He et al. 2016, Dosovitskiy et al. 2021
     "gpt2_124m": 124_439_808,
@@ -63,7 +63,10 @@ def test_its_name_tells_its_precision(path):
     assert config.workdir == ""
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+# Made tiny, the 7B is the 1B.
+@pytest.mark.parametrize(
+    "path", [f for f in FILES if f.stem != "llama_7b_bfloat16"], ids=lambda path: path.stem
+)
 def test_it_trains_two_steps(path, tmp_path):
     config = cli.load(path)
     fields = {field.name for field in dataclasses.fields(config.model)}
