@@ -1,18 +1,20 @@
 """Probes change nothing forward or backward and count what a direct look at the gradient counts."""
 
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxmp.diagnose import magnitudes
 from jaxmp.diagnose.probe import Probe, new_probe, probe
 from jaxmp.numerics import formats as number_formats
-
-jax.config.update("jax_num_cpu_devices", 8)  # before the first array
 
 
 def direct(g, format) -> list[int]:
@@ -81,8 +83,9 @@ def test_a_scan_of_blocks_has_counts_for_each():
     assert seen.shares["flush"][0] == found[0][1] / x.size
 
 
-def test_on_a_mesh_devices_counts_add_up():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
+def on_a_mesh():
+    """What this file does when it is run by itself, on four devices."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     params = jax.random.normal(jax.random.key(0), (5, 16, 16)) / 8
     x = jax.random.normal(jax.random.key(1), (32, 16))
 
@@ -94,6 +97,11 @@ def test_on_a_mesh_devices_counts_add_up():
     seen = jax.block_until_ready(jax.jit(run)(params, new_probe("float16", 5), x))
     expected = jax.grad(scanned, argnums=1)(params, new_probe("float16", 5), x)
     np.testing.assert_array_equal(seen.counters, expected.counters)
+
+
+def test_on_a_mesh_devices_counts_add_up():
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    subprocess.run([sys.executable, __file__], env=env, check=True)
 
 
 def program(fn, *args) -> str:
@@ -126,3 +134,7 @@ def test_a_probe_is_a_pytree_and_unknown_formats_are_refused():
     assert isinstance(jax.tree.map(lambda x: x, new_probe(histogram=True)), Probe)
     with pytest.raises(ValueError, match="not a floating-point format"):
         new_probe("float15")
+
+
+if __name__ == "__main__":
+    on_a_mesh()

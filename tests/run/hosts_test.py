@@ -270,8 +270,10 @@ def test_a_stall_is_noticed_and_a_signal_to_one_saves_the_same_step_on_all(tmp_p
     assert recorded(run) == int(found[0]) and (run / "checkpoints" / found[0]).is_dir()
     for index in (0, 1):
         assert f"process {index}: no step was finished for" in said[index]
-        assert "Timeout" in said[index] and "in _steps" in said[index]
-    assert "in batch_at" in said[1] and "in batch_at" not in said[0]  # where it hangs
+    # The stacks of this stall; on a slow machine saving may be told as another one.
+    stacks = [text.partition("the last was 4;")[0].rpartition("Timeout")[2] for text in said]
+    assert all("in _steps" in stack for stack in stacks), said
+    assert "in batch_at" in stacks[1] and "in batch_at" not in stacks[0], said  # where it hangs
 
 
 # What the processes must agree on, and how they learn that they do not.
