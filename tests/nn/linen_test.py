@@ -1,5 +1,7 @@
 """Linen modules as loss functions: state, randomness, overrides, and training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,13 +42,20 @@ class Deterministic(nn.Module):
         return nn.Dense(2)(nn.Dropout(0.5, deterministic=deterministic)(x))
 
 
-def value(model, *, rng=KEY, train=True, params=None, state=None):
-    fresh, fresh_state = linen.init(model, KEY, BATCH["inputs"])
+@functools.cache
+def initial(model):
+    return linen.init(model, KEY, BATCH["inputs"])
+
+
+@functools.cache
+def compiled_loss(model, train):
     make = linen.loss_from if train else linen.eval_loss_from
-    loss_fn = make(model, F.softmax_cross_entropy, metrics={"accuracy": F.accuracy})
-    return jax.jit(loss_fn)(
-        fresh if params is None else params, BATCH, rng, fresh_state if state is None else state
-    )
+    return jax.jit(make(model, F.softmax_cross_entropy, metrics={"accuracy": F.accuracy}))
+
+
+def value(model, *, rng=KEY, train=True):
+    params, state = initial(model)
+    return compiled_loss(model, train)(params, BATCH, rng, state)
 
 
 class TestInit:
@@ -73,7 +82,7 @@ class TestInit:
 
 class TestLoss:
     def test_is_the_loss_of_apply(self):
-        params, state = linen.init(Net(), KEY, BATCH["inputs"])
+        params, state = initial(Net())
         loss, aux = value(Net())
         logits, new = Net().apply(
             {"params": params, **state}, BATCH["inputs"], train=True, mutable=["batch_stats"]
@@ -89,7 +98,7 @@ class TestLoss:
         )
 
     def test_evaluation_uses_the_running_statistics_and_leaves_them(self):
-        _, state = linen.init(Net(0.5), KEY, BATCH["inputs"])
+        _, state = initial(Net(0.5))
         loss, aux = value(Net(0.5), train=False)
         jax.tree.map(np.testing.assert_array_equal, aux["model_state"], state)
         other_key, _ = value(Net(0.5), train=False, rng=jax.random.key(1))
@@ -134,7 +143,7 @@ class PostNorm(nn.Module):
 
 def products(policy, model, *, intercept=True):
     """Gives the operands' dtypes of every product, forward and backward, and the logits' dtype."""
-    params, state = linen.init(model, KEY, BATCH["inputs"])
+    params, state = initial(model)
     seen = []
 
     def loss(logits, targets):
@@ -185,7 +194,7 @@ class TestOverrides:
 
     def test_the_norm_itself_runs_in_float32(self):
         model = nn.Sequential([nn.LayerNorm()])
-        params, _ = linen.init(model, KEY, BATCH["inputs"])
+        params, _ = initial(model)
         params = jax.tree.map(lambda x: x + 1e-3, params)  # not a number of bfloat16
         policy = mixed({"**/layers_0": "float32"})
         kept = {}
@@ -242,7 +251,7 @@ class TestOverrides:
 
     def test_an_override_that_matched_nothing_is_named(self):
         policy = mixed({"**/LayerNrom_*": "float32"})
-        params, state = linen.init(PostNorm(), KEY, BATCH["inputs"])
+        params, state = initial(PostNorm())
         loss_fn = linen.loss_from(PostNorm(), F.softmax_cross_entropy, policy=policy)
         with pytest.raises(ValueError, match=r"'\*\*/LayerNrom_\*' matched no parameter and no"):
             loss_fn(params, BATCH, KEY, state)
@@ -251,7 +260,7 @@ class TestOverrides:
 @pytest.mark.parametrize("policy", ("float32", "mixed_bfloat16", "mixed_float16"))
 def test_a_model_with_batch_norm_trains(policy):
     model = Net(dropout=0.1)
-    params, state = linen.init(model, KEY, BATCH["inputs"])
+    params, state = initial(model)
     scale = loss_scale.DynamicLossScale() if "float16" in policy else None
     tx = scaling.with_loss_scale(optax.sgd(0.2, 0.9), scale)
     metrics = {"accuracy": F.accuracy}

@@ -32,6 +32,7 @@ def test_decoupled_decay_is_a_product_whatever_adam_does():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(("rate", "decay"), [(1e-2, 0.1), (1e-3, 0.1)])
 def test_weights_settle_where_decay_balances_random_steps(rate, decay):
     """RMS(w) -> sqrt(rate / (2 decay)) under Adam with gradients of random sign."""

@@ -115,6 +115,7 @@ def matrix():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_what_bad_batches_cost_under_each_remedy():
     final, peak = matrix()
     none = final["none"]
@@ -138,6 +139,7 @@ def test_what_bad_batches_cost_under_each_remedy():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_only_what_skips_survives_nan():
     final, _ = matrix()
     for name, row in final.items():

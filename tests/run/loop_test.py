@@ -22,6 +22,8 @@ from jaxmp.run.config import (
 )
 from jaxmp.run.signals import StopRequest
 
+pytestmark = pytest.mark.xdist_group("loop")  # what its fixtures make is made once
+
 TINY = Config(
     model=MLPConfig(width=16, depth=1, dropout=0.1),
     data=data.DigitsConfig(shift=1),

@@ -12,6 +12,8 @@ import pytest
 
 from jaxmp.run import metrics
 
+pytestmark = pytest.mark.xdist_group("signals")  # what its fixtures make is made once
+
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 1000
 

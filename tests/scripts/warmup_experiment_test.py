@@ -19,6 +19,7 @@ def accuracies(model, warmups):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_post_ln_stays_at_chance_without_warmup_and_warmup_rescues_it():
     without, with_warmup = accuracies("post-LN", (0, 60))
     assert without <= 0.15
@@ -26,6 +27,7 @@ def test_post_ln_stays_at_chance_without_warmup_and_warmup_rescues_it():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_bounded_blocks_need_no_warmup():
     (without,) = accuracies("weighted residual", (0,))
     assert without >= 0.8

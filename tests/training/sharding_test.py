@@ -1,6 +1,7 @@
 """Several devices follow one: its loss, a share of its state, sums in the dtype asked for, skips as one."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxmp import training
 from jaxmp.training import mesh as meshes
 
+pytestmark = pytest.mark.xdist_group("sharding")  # what its fixtures make is made once
+
 # One process of eight virtual devices computes everything, since the others of this run have one.
 PROGRAM = """
 import json, re
@@ -21,24 +24,31 @@ jax.config.update("jax_num_cpu_devices", 8)
 from jaxmp import nn, optim, training
 from jaxmp.nn import functional as F
 from jaxmp.nn.models.gpt import GPT, GPTConfig
+from jaxmp.nn.models.llama import Llama, LlamaConfig
 from jaxmp.precision import loss_scale as scales
 
 STEPS = 30
-model = GPT(GPTConfig(vocab_size=64, context=16, width=32, depth=1, heads=4))
+gpt = GPT(GPTConfig(vocab_size=64, context=16, width=32, depth=1, heads=4))
+llama = Llama(LlamaConfig(64, 16, width=32, depth=2, heads=4, kv_heads=2, mlp_width=64))
 tokens = np.random.default_rng(0).integers(0, 64, (STEPS, 16, 16)).astype(np.int32)
 batches = [{"inputs": t, "targets": np.roll(t, -1, 1)} for t in tokens]
-loss = nn.linen.loss_from(model, F.softmax_cross_entropy)
 tx = optim.adamw(1e-3)
 
-def init():
-    params, model_state = nn.linen.init(model, jax.random.key(0), tokens[0][:1])
-    return training.TrainState.create(params, tx, model_state=model_state)
+def run(spec, policy, model=gpt, **how):
+    def init():
+        params, model_state = nn.linen.init(model, jax.random.key(0), tokens[0][:1])
+        return training.TrainState.create(params, tx, model_state=model_state)
 
-def run(spec, policy, **how):
-    shardings = None
+    shardings, trained = None, model
     if spec:
-        shardings = training.state_shardings(jax.eval_shape(init), training.make_mesh(spec))
+        mesh = training.make_mesh(spec)
+        shardings = training.state_shardings(jax.eval_shape(init), mesh)
         how["shardings"] = shardings.params
+    if spec and model is llama:
+        stacked = shardings.params["layers"]
+        trained = llama.clone(whole=training.layer_gatherer(stacked, how["reduce_dtype"]))
+        how["in_parts"] = "layers/**"
+    loss = nn.linen.loss_from(trained, F.softmax_cross_entropy)
     state = jax.jit(init, out_shardings=shardings)()
     lowered = training.jit_step(training.make_train_step(loss, tx, policy, **how), shardings)
     lowered = lowered.lower(state, batches[0])
@@ -57,6 +67,11 @@ found = {"one": run(None, "float32")["losses"], "one 16": run(None, "mixed_bfloa
 for spec in ("data=8", "fsdp=8", "tensor=4", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"):
     found[spec] = run(spec, "float32")
     del found[spec]["text"]
+found["layers one"] = run(None, "float32", llama)["losses"]
+for spec in ("fsdp=8", "fsdp=2,tensor=2"):
+    found["layers " + spec] = run(spec, "float32", llama, reduce_dtype="float32")["losses"]
+found["layers 16"] = run("fsdp=8", "mixed_bfloat16", llama, reduce_dtype="float32")
+found["layers one 16"] = run(None, "mixed_bfloat16", llama)["losses"]
 for dtype in ("float32", "bfloat16"):
     found["16 " + dtype] = run("fsdp=8", "mixed_bfloat16", reduce_dtype=dtype)
 
@@ -130,6 +145,23 @@ def test_gradients_are_summed_in_the_dtype_asked_for(found, dtype):
     lines = run["text"].split("stablehlo.reduce_scatter")[1:]
     results = [part[part.index(") : (") :].splitlines()[0] for part in lines]
     assert results and all(f"x{short}>" in line for line in results), results[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["fsdp=8", "fsdp=2,tensor=2"])
+def test_layers_gathered_in_their_loop_follow_the_loss_of_one_device(found, spec):
+    assert found["layers " + spec] == pytest.approx(found["layers one"], abs=1e-5, rel=0)
+
+
+@pytest.mark.slow
+def test_layers_are_gathered_in_16_bits_one_at_a_time(found):
+    run, one = found["layers 16"], found["layers one 16"]
+    noise = max(abs(a - b) for a, b in zip(found["layers one"], one))
+    assert run["losses"] == pytest.approx(one, abs=2 * noise, rel=0)
+    gathers = re.findall(r"stablehlo\.all_gather.*-> tensor<([^>]*)>", run["text"])
+    assert gathers and all(shape.endswith("xbf16") for shape in gathers), gathers
+    # One layer's kernels have two axes; both layers' would have three.
+    assert max(shape.count("x") for shape in gathers) == 2, gathers
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The float64 reference, and models with every parameter away from its initial zeros and ones."""
 
+import functools
 import importlib.util
 import pathlib
 
@@ -21,12 +22,16 @@ def reference():
     return module
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def perturbed():
     """A function giving (params, model_state) of a model, all parameters moved at random."""
 
+    @functools.cache
+    def start(model, shape, dtype):
+        return linen.init(model, jax.random.key(0), jnp.zeros(shape, dtype))
+
     def make(model, inputs):
-        params, model_state = linen.init(model, jax.random.key(0), inputs)
+        params, model_state = start(model, inputs.shape, inputs.dtype)
         rng = np.random.default_rng(0)
         move = lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)
         return jax.tree.map(move, params), model_state
