@@ -4,7 +4,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most programs here run once, so LLVM's optimisations cost more than they bring; 0 tests with them.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+QUICK = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -23,7 +23,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def optimized():
     """For a test that trains for long: its programs are compiled as a user's are."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", QUICK != "0")
