@@ -194,7 +194,7 @@ class TestOverrides:
 
     def test_the_norm_itself_runs_in_float32(self):
         model = nn.Sequential([nn.LayerNorm()])
-        params, _ = initial(model)
+        params, _ = linen.init(model, KEY, BATCH["inputs"])
         params = jax.tree.map(lambda x: x + 1e-3, params)  # not a number of bfloat16
         policy = mixed({"**/layers_0": "float32"})
         kept = {}

@@ -22,8 +22,6 @@ from jaxmp.run import hosts, metrics, signals
 from jaxmp.run.config import ConfigError
 from jaxmp.training import mesh as meshes
 
-pytestmark = pytest.mark.xdist_group("hosts")  # what its fixtures make is made once
-
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = "configs/digits_mlp_float32.py"
 STEPS, EVERY = 30, 10

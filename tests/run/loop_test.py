@@ -22,8 +22,6 @@ from jaxmp.run.config import (
 )
 from jaxmp.run.signals import StopRequest
 
-pytestmark = pytest.mark.xdist_group("loop")  # what its fixtures make is made once
-
 TINY = Config(
     model=MLPConfig(width=16, depth=1, dropout=0.1),
     data=data.DigitsConfig(shift=1),
@@ -76,7 +74,7 @@ def records(directory, name="metrics.jsonl"):
 
 
 def final_state(directory, config=TINY):
-    abstract, _ = build.compile_step(build.build(config))
+    abstract, _ = build.abstract_arguments(build.build(config))
     with checkpoint.open_store(directory / "checkpoints") as store:
         restored = store.restore_latest(abstract)
     return restored.step, restored.state

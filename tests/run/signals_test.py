@@ -12,8 +12,6 @@ import pytest
 
 from jaxmp.run import metrics
 
-pytestmark = pytest.mark.xdist_group("signals")  # what its fixtures make is made once
-
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 1000
 

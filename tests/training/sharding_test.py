@@ -13,8 +13,6 @@ from jax.sharding import PartitionSpec as P
 from jaxmp import training
 from jaxmp.training import mesh as meshes
 
-pytestmark = pytest.mark.xdist_group("sharding")  # what its fixtures make is made once
-
 # One process of eight virtual devices computes everything, since the others of this run have one.
 PROGRAM = """
 import json, re
@@ -34,29 +32,32 @@ tokens = np.random.default_rng(0).integers(0, 64, (STEPS, 16, 16)).astype(np.int
 batches = [{"inputs": t, "targets": np.roll(t, -1, 1)} for t in tokens]
 tx = optim.adamw(1e-3)
 
-def run(spec, policy, model=gpt, **how):
-    def init():
-        params, model_state = nn.linen.init(model, jax.random.key(0), tokens[0][:1])
-        return training.TrainState.create(params, tx, model_state=model_state)
+def init(model):
+    params, model_state = nn.linen.init(model, jax.random.key(0), tokens[0][:1])
+    return training.TrainState.create(params, tx, model_state=model_state)
 
-    shardings, trained = None, model
+start = {model: jax.jit(lambda: init(model))() for model in (gpt, llama)}
+
+def run(spec, policy, model=gpt, **how):
+    steps = STEPS if model is gpt else 10
+    shardings, trained, state = None, model, jax.tree.map(jnp.copy, start[model])
     if spec:
         mesh = training.make_mesh(spec)
-        shardings = training.state_shardings(jax.eval_shape(init), mesh)
+        shardings = training.state_shardings(start[model], mesh)
+        state = jax.device_put(state, shardings)
         how["shardings"] = shardings.params
     if spec and model is llama:
         stacked = shardings.params["layers"]
         trained = llama.clone(whole=training.layer_gatherer(stacked, how["reduce_dtype"]))
         how["in_parts"] = "layers/**"
     loss = nn.linen.loss_from(trained, F.softmax_cross_entropy)
-    state = jax.jit(init, out_shardings=shardings)()
     lowered = training.jit_step(training.make_train_step(loss, tx, policy, **how), shardings)
     lowered = lowered.lower(state, batches[0])
     step = lowered.compile()
     size = lambda l: (l.addressable_shards[0].data.nbytes, l.nbytes)
     held, whole = np.sum([size(l) for l in jax.tree.leaves(state)], axis=0)
     losses = []
-    for batch in batches:
+    for batch in batches[:steps]:
         if spec:
             batch = jax.device_put(batch, training.batch_sharding(training.make_mesh(spec)))
         state, metrics = step(state, batch)
