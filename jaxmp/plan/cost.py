@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,11 +29,19 @@ class Estimate:
     """Time of the matrix products at the chip's peak rate for their operands; NaN if it is unknown."""
     memory_seconds: float
     """Time of the bytes moved at the chip's memory bandwidth; NaN if it is unknown."""
+    kept: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Bytes that the step as it is written holds on one device until its backward pass, by what they are:
+    part of "temporaries", where a compiler keeps them."""
 
     @property
     def peak_bytes(self) -> int:
         """Device memory held at once."""
         return self.program.peak_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """What is there before the step: all but temporaries."""
+        return sum(size for name, size in self.memory.items() if name != "temporaries")
 
     @property
     def free_bytes(self) -> int:
@@ -61,6 +70,7 @@ class Estimate:
             **self.program.to_dict(),
             "parameters": self.parameters,
             "memory": self.memory,
+            "kept": self.kept,
             "device_memory_bytes": self.program.memory_bytes,
             "fits": self.fits,
             "free_bytes": self.free_bytes,
@@ -76,6 +86,7 @@ class Estimate:
             ("target", f"{program.target}, {program.device_count} device(s)"),
             ("parameters", f"{self.parameters:,}"),
             *((f"memory: {name}", _size(value)) for name, value in self.memory.items()),
+            *((f"as written: {name}", _size(value)) for name, value in self.kept.items()),
             ("memory at peak", f"{_size(self.peak_bytes)}{self._verdict()}"),
             ("bytes moved", f"{_decimal(program.bytes_accessed, 'B')} a step"),
             ("FLOPs in products", f"{_decimal(program.product_flops, 'FLOP')} a step"),
@@ -111,12 +122,14 @@ class Estimate:
         return f" of {_size(device)}: {word}, {_size(abs(self.free_bytes))} {left}"
 
 
-def estimate(program: compiling.Compiled, state: Any, batch: Any) -> Estimate:
+def estimate(
+    program: compiling.Compiled, state: Any, batch: Any, kept: Mapping[str, int] | None = None
+) -> Estimate:
     """Returns the memory by what fills it and the roofline of a program that `compile_for` made.
 
     `state` and `batch` are what it was compiled for; leaves that carry a sharding count as the part
     of one device. What the program keeps beside them (activations, gradients, the 16-bit copy of the
-    parameters) is "temporaries".
+    parameters) is "temporaries"; `kept` goes into the report beside it.
 
     The roofline is a bound from below: it leaves out launches, exchanges between devices and all
     that is neither a product nor memory traffic. (Williams, Waterman and Patterson 2009,
@@ -129,7 +142,7 @@ def estimate(program: compiling.Compiled, state: Any, batch: Any) -> Estimate:
         "model state": getattr(state, "model_state", ()),
         "batch": batch,
     }
-    memory = {name: _device_bytes(tree) for name, tree in parts.items()}
+    memory = {name: device_bytes(tree) for name, tree in parts.items()}
     memory["other arguments"] = max(program.argument_bytes - sum(memory.values()), 0)
     memory["results"] = program.output_bytes - program.alias_bytes
     memory["temporaries"] = program.temporary_bytes
@@ -139,6 +152,7 @@ def estimate(program: compiling.Compiled, state: Any, batch: Any) -> Estimate:
         memory={name: size for name, size in memory.items() if size > 0},
         product_seconds=sum(_seconds(product, chip) for product in program.products),
         memory_seconds=_quotient(program.bytes_accessed, chip.memory_bandwidth),
+        kept=dict(kept or {}),
     )
 
 
@@ -146,8 +160,7 @@ def suggestions(found: Estimate) -> tuple[str, ...]:
     """Returns what to change, in sentences: where memory is short, and products wider than 16 bits."""
     said = []
     if not found.fits:
-        state = sum(size for name, size in found.memory.items() if name != "temporaries")
-        if state > found.program.memory_bytes:
+        if found.state_bytes > found.program.memory_bytes:
             said.append(
                 "the state alone exceeds the device: shard it over more devices (fsdp), or take one "
                 "with more memory."
@@ -171,8 +184,8 @@ def suggestions(found: Estimate) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree."""
+def device_bytes(tree: Any) -> int:
+    """Returns the bytes that one device holds of a tree of arrays, present or abstract."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

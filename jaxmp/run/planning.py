@@ -19,7 +19,8 @@ import jax
 
 from jaxmp import plan, training
 from jaxmp.plan import compile as compiling
-from jaxmp.plan import targets
+from jaxmp.plan import cost, residuals, targets
+from jaxmp.precision.autocast import autocast
 from jaxmp.run import build, cli
 from jaxmp.run.config import Config, ConfigError
 from jaxmp.training import mesh as meshes
@@ -49,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             found = estimate(config, target)
             said, row, fits = str(found), found.to_dict(), found.fits
+            alone = found.state_bytes > found.program.memory_bytes
         except DoesNotFit as refusal:
             said, row, fits = str(refusal), {"target": target, "refused": str(refusal)}, False
-        advice = () if fits else ways_out(config)
+            alone = refusal.state_alone
+        advice = () if fits else ways_out(config, alone)
         print("\n".join((said, *(f"try {way}" for way in advice))))
         if file:
             text = json.dumps({**row, "fits": fits, "ways_out": advice}, indent=1) + "\n"
@@ -64,15 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class DoesNotFit(Exception):
     """A compiler refused a step because it needs more memory than the device has; told in a sentence."""
 
+    def __init__(self, said: str, state_alone: bool):
+        super().__init__(said)
+        self.state_alone = state_alone
+        """Whether the state without any activations is larger than the device's memory."""
 
-def ways_out(config: Config) -> tuple[str, ...]:
-    """What makes a device hold less at once, as settings of the command line that this config leaves open."""
+
+def ways_out(config: Config, state_alone: bool = False) -> tuple[str, ...]:
+    """What makes a device hold less at once, as settings of the command line that this config leaves open.
+
+    Where the state alone is too large, fewer activations do not help.
+    """
     mesh = meshes.parse_mesh(config.mesh) if config.mesh else {}
     parts = math.prod(size for axis, size in mesh.items() if axis in meshes.BATCH_AXES and size > 0)
     ways = []
-    if config.batch_size >= 2 * config.accumulate * parts:
+    if config.batch_size >= 2 * config.accumulate * parts and not state_alone:
         ways.append(f"--accumulate {2 * config.accumulate}: half the activations, the same update.")
-    if getattr(config.model, "remat", "full") != "full":
+    if getattr(config.model, "remat", "full") != "full" and not state_alone:
         ways.append("--model.remat full: only the input of each block is kept, a third more FLOPs.")
     if "fsdp" not in mesh:
         ways.append("--mesh fsdp=-1: state and gradients are cut among the target's devices.")
@@ -104,9 +115,43 @@ def estimate(config: Config, target: str) -> plan.Estimate:
     except jax.errors.JaxRuntimeError as error:
         said = " ".join(str(error).split())
         if _OUT_OF_MEMORY.search(said):
-            raise DoesNotFit(f"does NOT fit {target}; its compiler says: {said[:300]}") from error
+            memory = targets.parse_target(target).chip.memory_bytes
+            raise DoesNotFit(
+                f"does NOT fit {target}; its compiler says: {said[:300]}",
+                state_alone=0 < memory < cost.device_bytes(state),
+            ) from error
         raise ConfigError(_refusal(target, said)) from error
-    return plan.estimate(program, state, batch)
+    return plan.estimate(program, state, batch, kept(parts, state, batch))
+
+
+def kept(parts: build.Experiment, state: Any, batch: Any) -> dict[str, int]:
+    """Bytes of one device for its part of the 16-bit parameters, and for a microbatch's activations.
+
+    As the step is written: the compiler fuses, computes again and reuses. The axis `tensor`, which the
+    compiler divides, is not counted in activations.
+    """
+    config, abstract = parts.config, jax.ShapeDtypeStruct
+    loss, cast = parts.loss, parts.policy.cast_to_compute
+    if config.autocast and parts.policy.compute_dtype.itemsize == 2:
+        loss, cast = autocast(parts.loss, parts.policy), lambda tree: tree
+    copy = jax.tree.map(
+        lambda x, cast: abstract(x.shape, cast.dtype, sharding=getattr(x, "sharding", None)),
+        state.params,
+        jax.eval_shape(cast, state.params),
+    )
+    sharing = 1 if parts.shardings is None else meshes.batch_parts(_mesh_of(parts))
+    rows = config.batch_size // (sharing * config.accumulate)
+    share = jax.tree.map(lambda x: abstract((rows, *x.shape[1:]), x.dtype), batch)
+    inputs = jax.eval_shape(cast, share["inputs"])
+    plain = lambda tree: jax.tree.map(lambda x: abstract(x.shape, x.dtype), tree)
+    activations = residuals.residual_bytes(
+        loss, plain(copy), share | {"inputs": inputs}, *plain((state.rng, state.model_state))
+    )
+    return {"compute copy, this device's part": cost.device_bytes(copy), "activations": activations}
+
+
+def _mesh_of(parts: build.Experiment) -> Any:
+    return jax.tree.leaves(parts.shardings)[0].mesh
 
 
 def _compile(parts: build.Experiment, state: Any, batch: Any, target: str) -> compiling.Compiled:

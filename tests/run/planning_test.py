@@ -83,8 +83,22 @@ def test_ways_out_are_those_that_the_config_leaves_open():
         "--model.remat full",
         "--mesh fsdp=-1",
     ]
+    assert planning.ways_out(config, state_alone=True) == planning.ways_out(config)[2:]
     config, _ = cli.parse([gpt, "--mesh", "fsdp=8", "--accumulate", "4", "--model.remat", "full"])
     assert len(planning.ways_out(config)) == 1
+
+
+def test_what_is_kept_is_told_as_written():
+    """Of an MLP: inputs, and what each hidden layer gives its activation function and its product."""
+    settings = ["--model.width", "32", "--model.depth", "2", "--batch_size", "64"]
+    for more, rows in (["--accumulate", "1"], 64), (["--accumulate", "4"], 16):
+        config, _ = cli.parse([MLP, *settings, *more])
+        parts = build.build(config)
+        found = planning.kept(parts, *build.abstract_arguments(parts))
+        numbers = 64 * 32 + 32 + 32 * 32 + 32 + 32 * 10 + 10
+        assert found["compute copy, this device's part"] == 2 * numbers
+        assert found["activations"] % rows == 0
+        assert rows * 2 * 2 * 32 <= found["activations"] <= rows * (4 * 2 * 32 * 2 + 12 * 10)
 
 
 def test_several_devices_need_a_mesh(monkeypatch, capsys):
