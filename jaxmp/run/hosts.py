@@ -37,6 +37,8 @@ HEARTBEAT_SECONDS = 10
 """A process that was not heard of for so long is dead, and the runtime ends the others."""
 PARTING_SECONDS = 2.0
 """How long a process that gives up waits for others that give up for the same reason."""
+HELD_SECONDS = 60.0
+"""How much longer than a stall's limit a thread may hold the interpreter before its stack is written."""
 SEEN_SECONDS = 10.0
 """How long a file of process 0 may take to be seen by the others, through caches of a network disk."""
 
@@ -257,9 +259,12 @@ def stopping(stop: StopRequest, step: int) -> bool:
 class Watchdog:
     """Writes the stacks of all threads to stderr when no step was finished for `limit` seconds.
 
-    A thread arms a timer of `faulthandler`, which needs no Python to go off, so that a thread which
-    holds the interpreter cannot keep it silent. It goes off again every `limit` seconds. Nothing is
-    ended: a long compilation looks the same. With one process, or a limit of 0, there is none.
+    And again every `limit` seconds. Nothing is ended: a long compilation looks the same. With one process,
+    or a limit of 0, there is none.
+
+    The thread that watches keeps putting off a timer of `faulthandler`. That goes off where a thread holds
+    the interpreter, so that nothing else could write: only then do stacks stand still, and to read moving
+    ones without the interpreter's lock can end the process.
     """
 
     def __init__(self, limit: float):
@@ -284,17 +289,26 @@ class Watchdog:
     def _watch(self) -> None:
         seen, since, told = -1, time.monotonic(), 0
         while True:
+            faulthandler.dump_traceback_later(self._limit + HELD_SECONDS, repeat=True)
             if seen != self._beats:
                 seen, since, told = self._beats, time.monotonic(), 0
-                faulthandler.dump_traceback_later(self._limit, repeat=True)
             elif (still := time.monotonic() - since) > self._limit * (told + 1):
                 told += 1
                 print(
                     f"process {jax.process_index()}: no step was finished for {still:.0f} s, the last "
-                    f"was {self._step}; the stacks of its threads are here.",
+                    f"was {self._step}; the stacks of its threads:\n{_stacks()}",
                     file=sys.stderr,
                     flush=True,
                 )
             if self._over.wait(min(self._limit / 8, 5.0)):
                 faulthandler.cancel_dump_traceback_later()
                 return
+
+
+def _stacks() -> str:
+    """The stacks of all threads, outermost call first."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )

@@ -271,9 +271,36 @@ def test_a_stall_is_noticed_and_a_signal_to_one_saves_the_same_step_on_all(tmp_p
     for index in (0, 1):
         assert f"process {index}: no step was finished for" in said[index]
     # The stacks of this stall; on a slow machine saving may be told as another one.
-    stacks = [text.partition("the last was 4;")[0].rpartition("Timeout")[2] for text in said]
+    stacks = [
+        re.search(r"the last was 4; .*?thread MainThread:\n(.*?)\n\n", s, re.S)[1] for s in said
+    ]
     assert all("in _steps" in stack for stack in stacks), said
     assert "in batch_at" in stacks[1] and "in batch_at" not in stacks[0], said  # where it hangs
+
+
+# Watches two processes, of which this one's interpreter is held by C code for two seconds.
+HELD = """
+import ctypes, time
+from jaxmp.run import hosts
+
+hosts.count, hosts.HELD_SECONDS = lambda: 2, 0.5
+
+def held():
+    ctypes.PyDLL(None).usleep(2_000_000)
+
+dog = hosts.Watchdog(0.5)
+time.sleep(0.1)
+held()
+dog.close()
+"""
+
+
+def test_a_thread_that_holds_the_interpreter_cannot_keep_the_watchdog_silent():
+    done = subprocess.run(
+        [sys.executable, "-c", HELD], capture_output=True, text=True, check=True, timeout=60
+    )
+    first, _, told = done.stderr.partition("process 0: no step was finished for")
+    assert "Timeout" in first and "in held" in first and "MainThread" in told
 
 
 # What the processes must agree on, and how they learn that they do not.
