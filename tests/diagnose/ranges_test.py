@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 
 import jax
@@ -155,10 +156,17 @@ def test_without_scopes_autocast_has_nothing_to_name_and_says_so():
     holds_up(loss, params, data, found, (False,))
 
 
-def test_an_honest_model_needs_nothing():
+@functools.cache
+def honest():
+    """(parameters, audit) of the model without a plant, its loss returning a key as well."""
     data = batch()
     loss, params = linen(Planted("none"), data["inputs"])
-    found = jaxmp.audit_ranges(loss, params, data).suggestion
+    with_aux = lambda params, batch, rng: (loss(params, batch), {"key": rng})
+    return params, jaxmp.audit_ranges(with_aux, params, data, jax.random.key(0))
+
+
+def test_an_honest_model_needs_nothing():
+    found = honest()[1].suggestion
     assert found.overrides == () == found.scopes and found.holds
 
 
@@ -206,10 +214,7 @@ def test_rows_count_what_each_operation_gives():
 
 
 def test_kinds_are_told_apart_and_all_is_plain_data():
-    data = batch()
-    loss, params = linen(Planted("none"), data["inputs"])
-    with_aux = lambda params, batch, rng: (loss(params, batch), {"key": rng})
-    audit = jaxmp.audit_ranges(with_aux, params, data, jax.random.key(0))
+    params, audit = honest()
     assert set(audit.histograms) == {"parameters", "activations", "gradients"}
     size = sum(x.size for x in jax.tree.leaves(params))
     zeros = sum(int(jnp.sum(x == 0)) for x in jax.tree.leaves(params))
@@ -219,7 +224,7 @@ def test_kinds_are_told_apart_and_all_is_plain_data():
     assert json.loads(json.dumps(audit.to_json()))["differentiated"] == "the first argument"
     assert "float8_e5m2" in str(audit) and "Planted/head" in str(audit)
     forward = jaxmp.audit_ranges(
-        lambda p, x: Planted("none").apply({"params": p}, x), params, data["inputs"]
+        lambda p, x: Planted("none").apply({"params": p}, x), params, batch()["inputs"]
     )
     assert forward.differentiated == "" and not forward.of("gradient")
 
