@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def optimized():
-    """For a test that trains for long: its programs are compiled as a user's are."""
+    """For a test that trains for long or counts what a compiler made: compiled as a user's programs are."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     asked = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"

@@ -20,7 +20,7 @@ SCRIPTS = pathlib.Path(__file__).parents[2] / "scripts"
 CASES = [("gpu-h100", "xla"), ("gpu-h100", "cudnn"), ("tpu-v5e", "xla")]
 HALF = ("bfloat16", "float16")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized")]
 
 
 @functools.cache

@@ -78,6 +78,7 @@ def test_a_placement_by_the_caller():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("target", ["gpu-h100", "tpu-v5e"])
 def test_a_report_of_an_absent_machine(target):
     missing = targets.missing_wheel(target)
@@ -92,6 +93,7 @@ def test_a_report_of_an_absent_machine(target):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("length", [64, 197])
 def test_fused_attention_takes_any_length(length):
     """As a ViT-B/16 has 197 tokens with its class token, and cuDNN's backward pass wants even ones."""

@@ -115,6 +115,7 @@ SMALL = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_the_peak_falls_when_told_to():
     """On four GPUs: cut the state, compute again, take smaller microbatches."""
     missing = targets.missing_wheel("gpu-h100")
@@ -140,6 +141,7 @@ def test_the_peak_falls_when_told_to():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_layers_gathered_in_their_loop_move_eight_bytes_a_parameter():
     missing = targets.missing_wheel("tpu-v5e")
     if missing:
