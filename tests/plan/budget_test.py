@@ -80,7 +80,10 @@ def test_it_moves_what_the_step_by_hand_moves(target, attention, dtype):
 def test_scaling_the_loss_moves_nothing_more(target, attention):
     scaled = report(target, attention, "jaxmp float16")
     plain = report(target, attention, "jaxmp bfloat16")
-    assert scaled.bytes_accessed == pytest.approx(plain.bytes_accessed, rel=0.001)
+    # Where the compiler counts, its count: a TPU's keeps other arrays on the chip for float16, which ours
+    # leaves out, in the step by hand as well.
+    moved = lambda program: program.compiler_bytes or program.bytes_accessed
+    assert moved(scaled) == pytest.approx(moved(plain), rel=0.001)
     assert scaled.temporary_bytes <= 1.005 * plain.temporary_bytes
 
 
