@@ -15,7 +15,7 @@ def residual_bytes(loss: Callable[..., Any], params: Any, *args: Any) -> int:
     """Returns the bytes that the derivative of `loss(params, *args)` by `params` keeps for its backward pass.
 
     The arguments themselves are left out: they are there anyhow. Nothing runs and nothing is compiled;
-    a compiler may keep less, by computing again what is cheap, and never keeps all of it twice.
+    a compiler may keep less, by computing again what is cheap.
 
     Args:
       loss: gives a scalar, or a pair of one and anything; what `jax.checkpoint` drops is not counted.

@@ -36,21 +36,19 @@ def init(model):
     params, model_state = nn.linen.init(model, jax.random.key(0), tokens[0][:1])
     return training.TrainState.create(params, tx, model_state=model_state)
 
-start = {model: jax.jit(lambda: init(model))() for model in (gpt, llama)}
-
 def run(spec, policy, model=gpt, **how):
     steps = STEPS if model is gpt else 10
-    shardings, trained, state = None, model, jax.tree.map(jnp.copy, start[model])
+    shardings, trained, start = None, model, lambda: init(model)
     if spec:
         mesh = training.make_mesh(spec)
-        shardings = training.state_shardings(start[model], mesh)
-        state = jax.device_put(state, shardings)
+        shardings = training.state_shardings(jax.eval_shape(start), mesh)
         how["shardings"] = shardings.params
     if spec and model is llama:
         stacked = shardings.params["layers"]
         trained = llama.clone(whole=training.layer_gatherer(stacked, how["reduce_dtype"]))
         how["in_parts"] = "layers/**"
     loss = nn.linen.loss_from(trained, F.softmax_cross_entropy)
+    state = jax.jit(start, out_shardings=shardings)()
     lowered = training.jit_step(training.make_train_step(loss, tx, policy, **how), shardings)
     lowered = lowered.lower(state, batches[0])
     step = lowered.compile()
