@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 
 from jaxmp.plan import hlo
 
@@ -14,6 +16,13 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+
+# XLA writes groups in three ways: `{{0,1},{2,3}}` names the devices, `[2,4]<=[8]` is two groups of four,
+# `mesh['a'=2,'b'=4] {'b'}` one along the axis b (`'b':(1)2` along a part of it, two long).
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_ALONG = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_AXIS = re.compile(r"'([^']*)'(?::\(\d+\)(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,19 @@ class Collective:
     """The operation's name in the user's program."""
     source: str
     """"file:line" of the user's code, "" where it is unknown."""
+    group: int
+    """Devices that exchange among themselves, beside others that do the same; 0 for all there are."""
+
+    def wire_bytes(self, devices: int) -> float:
+        """What one device must send in a step of a program on `devices`, the least of any algorithm.
+
+        For n devices that each hold b bytes of a whole or end with them: b (n-1)/n to gather or to scatter a
+        sum, twice that for both (all-reduce), b to pass everything on. (Chan et al. 2007,
+        doi 10.1002/cpe.1206.)
+        """
+        n = self.group or devices
+        share = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
+        return self.times * self.bytes * share.get(self.kind, (n - 1) / n)
 
 
 def collectives(module: hlo.Module) -> tuple[Collective, ...]:
@@ -64,6 +86,7 @@ def collectives(module: hlo.Module) -> tuple[Collective, ...]:
                     times=times,
                     name=instruction.attribute("op_name"),
                     source=module.source(instruction),
+                    group=_group(instruction),
                 )
             )
     return tuple(found)
@@ -76,3 +99,16 @@ def by_kind_and_dtype(found: tuple[Collective, ...]) -> dict[tuple[str, str], tu
         times, total = table.get((one.kind, one.dtype), (0.0, 0.0))
         table[one.kind, one.dtype] = (times + one.times, total + one.times * one.bytes)
     return dict(sorted(table.items(), key=lambda item: -item[1][1]))
+
+
+def _group(instruction: hlo.Instruction) -> int:
+    """How many devices take part, 0 where the program names no groups."""
+    text = instruction.attributes
+    if found := _LISTED.search(text):
+        return found.group(1).count(",") + 1
+    if found := _COUNTED.search(text):
+        return int(found.group(1))
+    if found := _ALONG.search(text):
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", found.group(1)))
+        return math.prod(int(part or sizes[axis]) for axis, part in _AXIS.findall(found.group(2)))
+    return 0

@@ -29,6 +29,8 @@ class Estimate:
     """Time of the matrix products at the chip's peak rate for their operands; NaN if it is unknown."""
     memory_seconds: float
     """Time of the bytes moved at the chip's memory bandwidth; NaN if it is unknown."""
+    exchange_seconds: float
+    """Time of what a device sends to others at the bandwidth of all its links; NaN if it is unknown."""
     kept: dict[str, int] = dataclasses.field(default_factory=dict)
     """Bytes that the step as it is written holds on one device until its backward pass, by what they are:
     part of "temporaries", where a compiler keeps them."""
@@ -55,13 +57,21 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
-        """The least time of a step: the slower of the two sides, as if they overlapped fully."""
-        return max(self.product_seconds, self.memory_seconds)
+        """The least time of a step: the slowest of the sides, as if they overlapped fully."""
+        return max(self._sides.values())
 
     @property
     def bound(self) -> str:
-        """The side that binds: "memory" or "products"."""
-        return "memory" if self.memory_seconds >= self.product_seconds else "products"
+        """The side that binds: "memory", "products" or "exchanges"."""
+        return max(self._sides, key=self._sides.__getitem__)
+
+    @property
+    def _sides(self) -> dict[str, float]:
+        return {
+            "memory": self.memory_seconds,
+            "products": self.product_seconds,
+            "exchanges": self.exchange_seconds,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON; a time that is not known is None."""
@@ -76,6 +86,7 @@ class Estimate:
             "free_bytes": self.free_bytes,
             "product_seconds": known(self.product_seconds),
             "memory_seconds": known(self.memory_seconds),
+            "exchange_seconds": known(self.exchange_seconds),
             "bound": None if math.isnan(self.seconds) else self.bound,
             "suggestions": list(suggestions(self)),
         }
@@ -95,8 +106,9 @@ class Estimate:
             rows.append(
                 (
                     "roofline",
-                    f"at least {1e3 * self.seconds:.2f} ms a step, bound by {self.bound} (products "
-                    f"{1e3 * self.product_seconds:.2f} ms, memory {1e3 * self.memory_seconds:.2f} ms)",
+                    f"at least {1e3 * self.seconds:.2f} ms a step, bound by {self.bound} ("
+                    + ", ".join(f"{side} {1e3 * time:.2f} ms" for side, time in self._sides.items())
+                    + ")",
                 )
             )
         for (kind, dtype), (times, size) in program.traffic_by_kind.items():
@@ -131,9 +143,10 @@ def estimate(
     of one device. What the program keeps beside them (activations, gradients, the 16-bit copy of the
     parameters) is "temporaries"; `kept` goes into the report beside it.
 
-    The roofline is a bound from below: it leaves out launches, exchanges between devices and all
-    that is neither a product nor memory traffic. (Williams, Waterman and Patterson 2009,
-    doi 10.1145/1498765.1498785.)
+    The roofline is a bound from below: it takes products, memory and exchanges to run side by side, each
+    at its best rate, and leaves out launches and the rest. What devices send is the least that any
+    algorithm sends (`Collective.wire_bytes`), over all links of one device. (Williams, Waterman and
+    Patterson 2009, doi 10.1145/1498765.1498785.)
     """
     chip = targets.parse_target(program.target).chip
     parts = {
@@ -152,6 +165,10 @@ def estimate(
         memory={name: size for name, size in memory.items() if size > 0},
         product_seconds=sum(_seconds(product, chip) for product in program.products),
         memory_seconds=_quotient(program.bytes_accessed, chip.memory_bandwidth),
+        exchange_seconds=_quotient(
+            sum(one.wire_bytes(program.device_count) for one in program.collectives),
+            chip.link_bandwidth,
+        ),
         kept=dict(kept or {}),
     )
 

@@ -19,7 +19,8 @@ class Chip:
     """One kind of accelerator, by its maker's public figures (dense products, no sparsity).
 
     Sources: NVIDIA's A100, H100 and H200 data sheets (SXM boards; memory as the driver reports it)
-    and Google Cloud's TPU system architecture pages.
+    and Google Cloud's TPU system architecture pages. Both give a link's two directions as one figure;
+    here it is halved.
     """
 
     name: str
@@ -31,6 +32,8 @@ class Chip:
     """Bytes per second between one device and its memory."""
     peak_flops: Mapping[str, float]
     """Floating-point operations per second of matrix products, by dtype of the operands."""
+    link_bandwidth: float
+    """Bytes per second that one device can send to others of its node or slice, over all its links."""
     details: Mapping[str, int | float | str]
     """What the compiler must be told beyond the name: limits of a GPU, smallest slice of a TPU."""
 
@@ -80,13 +83,14 @@ _HOPPER = {
 CHIPS: Mapping[str, Chip] = _frozen(
     **{
         # The machine at hand: figures of traffic and memory hold, those of speed are not known.
-        "cpu": Chip("cpu", "cpu", 0, 0.0, _frozen(), _frozen()),
+        "cpu": Chip("cpu", "cpu", 0, 0.0, _frozen(), 0.0, _frozen()),
         "gpu-a100": Chip(
             "gpu-a100",
             "cuda",
             81920 * _MIB,
             2.039e12,
             _frozen(bfloat16=312 * _TERA, float16=312 * _TERA, float32=156 * _TERA),
+            300e9,
             _frozen(
                 description="NVIDIA A100-SXM4-80GB",
                 capability=8,
@@ -104,6 +108,7 @@ CHIPS: Mapping[str, Chip] = _frozen(
             81559 * _MIB,
             3.352e12,
             _HOPPER_FLOPS,
+            450e9,
             _frozen(description="NVIDIA H100 80GB HBM3", **_HOPPER),
         ),
         "gpu-h200": Chip(
@@ -112,6 +117,7 @@ CHIPS: Mapping[str, Chip] = _frozen(
             143771 * _MIB,
             4.8e12,
             _HOPPER_FLOPS,
+            450e9,
             _frozen(description="NVIDIA H200", **_HOPPER),
         ),
         "tpu-v5e": Chip(
@@ -120,6 +126,7 @@ CHIPS: Mapping[str, Chip] = _frozen(
             16 * _GIB,
             0.819e12,
             _frozen(bfloat16=197 * _TERA, int8=394 * _TERA),
+            200e9,
             _frozen(slice="v5e", smallest="2x2"),
         ),
         "tpu-v5p": Chip(
@@ -128,6 +135,7 @@ CHIPS: Mapping[str, Chip] = _frozen(
             95 * _GIB,
             2.765e12,
             _frozen(bfloat16=459 * _TERA, int8=918 * _TERA),
+            600e9,
             _frozen(slice="v5p", smallest="2x2x1"),
         ),
         "tpu-v6e": Chip(
@@ -136,6 +144,7 @@ CHIPS: Mapping[str, Chip] = _frozen(
             32 * _GIB,
             1.64e12,
             _frozen(bfloat16=918 * _TERA, int8=1836 * _TERA),
+            400e9,
             _frozen(slice="v6e", smallest="2x2"),
         ),
     }

@@ -22,7 +22,7 @@ def count(fn, *args, specs):
     text = jax.jit(fn, in_shardings=shardings).lower(*args).compile().as_text()
     found = collectives.collectives(hlo.parse(text))
     table = collectives.by_kind_and_dtype(found)
-    return [[*key, *value] for key, value in table.items()]
+    return [[*key, *value, one.group, one.wire_bytes(4)] for one, (key, value) in zip(found, table.items())]
 
 def gathered(x):
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P())) * 2
@@ -34,11 +34,18 @@ def loop(x):
     step = lambda carry, _: (jax.lax.ppermute(carry, "data", [(0, 1), (1, 2), (2, 3), (3, 0)]), None)
     return jax.lax.scan(step, x, None, length=5)[0]
 
+def pairs(axis):
+    square = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    add = lambda x: jax.lax.psum(x, axis)
+    return jax.shard_map(add, mesh=square, in_specs=P(axis), out_specs=P())
+
 x = jnp.zeros((8, 16), jnp.float32)
 print(json.dumps({
     "gather": count(gathered, x.astype(jnp.int32), specs=[P("data")]),
     "reduce": count(lambda x: jnp.sum(x, axis=0), x, specs=[P("data")]),
     "loop": count(mapped(loop), x, specs=[P("data")]),
+    "rows": count(pairs("data"), x, specs=[P()]),
+    "columns": count(pairs("tensor"), x, specs=[P()]),
 }))
 """
 
@@ -53,16 +60,44 @@ def counted():
 
 
 @pytest.mark.parametrize(
-    ("program", "expected"),
+    ("program", "expected", "group", "sent"),
     [
-        ("gather", ["all-gather", "int32", 1, 8 * 16 * 4]),
-        ("reduce", ["all-reduce", "float32", 1, 16 * 4]),
+        # A device has a quarter and sends it on three times around a ring.
+        ("gather", ["all-gather", "int32", 1, 8 * 16 * 4], 4, 3 * 2 * 16 * 4),
+        # Three quarters to scatter the sum, three to gather it.
+        ("reduce", ["all-reduce", "float32", 1, 16 * 4], 4, 2 * 3 * 4 * 4),
         # Each of five rounds passes a quarter on.
-        ("loop", ["collective-permute", "float32", 5, 5 * 2 * 16 * 4]),
+        ("loop", ["collective-permute", "float32", 5, 5 * 2 * 16 * 4], 0, 5 * 2 * 16 * 4),
+        # In pairs, half of the rows each: half to the other and half back.
+        ("rows", ["all-reduce", "float32", 1, 4 * 16 * 4], 2, 4 * 16 * 4),
+        ("columns", ["all-reduce", "float32", 1, 4 * 16 * 4], 2, 4 * 16 * 4),
     ],
 )
-def test_kind_dtype_times_and_bytes(counted, program, expected):
-    assert counted[program] == [expected]
+def test_kind_dtype_times_bytes_and_what_is_sent(counted, program, expected, group, sent):
+    assert counted[program] == [[*expected, group, sent]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['a'=2,'b'=4] {'b'}", 4),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b'}", 8),
+        ("mesh['a'=2,'b'=8] {'a','b':(2)4}", 8),
+        ("{}", 0),
+    ],
+)
+def test_groups_in_every_way_that_they_are_written(groups, devices):
+    text = f"""HloModule m
+
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %r = f32[4]{{0}} all-gather(%x), channel_id=1, replica_groups={groups}, dimensions={{0}}
+}}
+"""
+    (found,) = collectives.collectives(hlo.parse(text))
+    assert found.group == devices
 
 
 # A TPU's program repeats the gather in the kernel that starts it, those beside it and the one that ends it.

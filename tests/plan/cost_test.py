@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxmp.plan import collectives, cost
 from jaxmp.plan import compile as compiling
-from jaxmp.plan import cost
 
 
 def step(state, batch):
@@ -52,6 +52,16 @@ def test_the_roofline_is_the_slower_side(parts):
     assert found.bound == "memory" and found.seconds == found.memory_seconds
     quick = on("gpu-h100", parts, bytes_accessed=1.0)
     assert quick.bound == "products" and quick.seconds == found.product_seconds
+
+
+def test_exchanges_bind_where_links_are_slowest(parts):
+    # 2 GB gathered over four devices: each sends three quarters of it at 200 GB/s.
+    whole = collectives.Collective("all-gather", "bfloat16", 10**9, 2.0, "", "", 4)
+    found = on("tpu-v5e:2x2", parts, device_count=4, collectives=(whole,))
+    assert found.exchange_seconds == pytest.approx(1.5 / 200)
+    assert found.bound == "exchanges" and found.seconds == found.exchange_seconds
+    assert "exchanges 7.50 ms" in str(found)
+    assert found.to_dict()["exchange_seconds"] == found.exchange_seconds
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_to_try(parts):
