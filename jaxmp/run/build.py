@@ -284,7 +284,7 @@ def abstract_arguments(experiment: Experiment) -> tuple[Any, Any]:
     )
     state = jax.eval_shape(experiment.init)
     if experiment.shardings is not None:
-        rows = training.batch_sharding(jax.tree.leaves(experiment.shardings)[0].mesh)
+        rows = training.batch_sharding(meshes.mesh_of(experiment.shardings))
         state = jax.tree.map(lambda x, s: x.update(sharding=s), state, experiment.shardings)
         batch = jax.tree.map(lambda x: x.update(sharding=rows), batch)
     return state, batch
@@ -294,7 +294,7 @@ def whole_jit(experiment: Experiment, fn: Callable[..., Any]) -> Callable[..., A
     """`fn` compiled, its results whole on every device of the mesh."""
     if experiment.shardings is None:
         return jax.jit(fn)
-    mesh = jax.tree.leaves(experiment.shardings)[0].mesh
+    mesh = meshes.mesh_of(experiment.shardings)
     return jax.jit(fn, out_shardings=meshes.replicated(mesh))
 
 
@@ -312,7 +312,7 @@ def place(experiment: Experiment, batch: data.Batch) -> Any:
         return batch
     if jax.process_count() == 1:
         return place_whole(experiment, batch)
-    sharding = training.batch_sharding(jax.tree.leaves(experiment.shardings)[0].mesh)
+    sharding = training.batch_sharding(meshes.mesh_of(experiment.shardings))
     shapes = {key: _global_shape(experiment, x) for key, x in batch.items()}
     return jax.make_array_from_process_local_data(sharding, batch, shapes)
 
@@ -324,7 +324,7 @@ def place_whole(experiment: Experiment, batch: data.Batch) -> Any:
     """
     if experiment.shardings is None:
         return batch
-    mesh = jax.tree.leaves(experiment.shardings)[0].mesh
+    mesh = meshes.mesh_of(experiment.shardings)
     divides = all(len(x) % meshes.batch_parts(mesh) == 0 for x in batch.values())
     sharding = training.batch_sharding(mesh) if divides else meshes.replicated(mesh)
     if jax.process_count() == 1:

@@ -139,7 +139,7 @@ def kept(parts: build.Experiment, state: Any, batch: Any) -> dict[str, int]:
         state.params,
         jax.eval_shape(cast, state.params),
     )
-    sharing = 1 if parts.shardings is None else meshes.batch_parts(_mesh_of(parts))
+    sharing = 1 if parts.shardings is None else meshes.batch_parts(meshes.mesh_of(parts.shardings))
     rows = config.batch_size // (sharing * config.accumulate)
     share = jax.tree.map(lambda x: abstract((rows, *x.shape[1:]), x.dtype), batch)
     inputs = jax.eval_shape(cast, share["inputs"])
@@ -148,10 +148,6 @@ def kept(parts: build.Experiment, state: Any, batch: Any) -> dict[str, int]:
         loss, plain(copy), share | {"inputs": inputs}, *plain((state.rng, state.model_state))
     )
     return {"compute copy, this device's part": cost.device_bytes(copy), "activations": activations}
-
-
-def _mesh_of(parts: build.Experiment) -> Any:
-    return jax.tree.leaves(parts.shardings)[0].mesh
 
 
 def _compile(parts: build.Experiment, state: Any, batch: Any, target: str) -> compiling.Compiled:

@@ -77,7 +77,7 @@ def over_mesh(
     `tensor` is left to the compiler, which follows the parameters. Those whose path matches `in_parts`
     reach the model as the device's own parts; it makes them whole with a `layer_gatherer`.
     """
-    mesh = jax.tree.leaves(shardings)[0].mesh
+    mesh = meshes.mesh_of(shardings)
     axes = meshes.batch_axes(mesh)
     if not axes:
         return gradients
@@ -132,7 +132,7 @@ def layer_gatherer(
     over the devices in `reduce_dtype` and lands in the parts. Else for code that the compiler partitions,
     such as an evaluation.
     """
-    mesh = jax.tree.leaves(shardings)[0].mesh
+    mesh = meshes.mesh_of(shardings)
     axes = meshes.batch_axes(mesh)
 
     def of_leaf(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
@@ -171,7 +171,7 @@ def _gather_parts(
 
 def _parted(shardings: Any, pattern: str) -> Any:
     """A tree of booleans: which parameters the model gets in parts."""
-    mesh = jax.tree.leaves(shardings)[0].mesh
+    mesh = meshes.mesh_of(shardings)
     axes = meshes.batch_axes(mesh)
 
     def is_parted(path: Any, sharding: NamedSharding) -> bool:

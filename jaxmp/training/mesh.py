@@ -84,6 +84,11 @@ def parse_mesh(spec: str) -> dict[str, int]:
     return sizes
 
 
+def mesh_of(shardings: Any) -> Mesh:
+    """The mesh over which a tree of shardings lays out a state."""
+    return jax.tree.leaves(shardings)[0].mesh
+
+
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
     """Those of the mesh's axes whose devices read rows of their own."""
     return tuple(axis for axis in mesh.axis_names if axis in BATCH_AXES)

@@ -128,7 +128,7 @@ def jit_step(step: Callable[..., Any], shardings: Any = None) -> Callable[..., A
     """
     if shardings is None:
         return jax.jit(step, donate_argnums=0)
-    mesh = jax.tree.leaves(shardings)[0].mesh
+    mesh = meshes.mesh_of(shardings)
     return jax.jit(
         step,
         donate_argnums=0,
