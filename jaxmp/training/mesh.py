@@ -90,8 +90,8 @@ def mesh_of(shardings: Any) -> Mesh:
 
 
 def batch_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Those of the mesh's axes whose devices read rows of their own."""
-    return tuple(axis for axis in mesh.axis_names if axis in BATCH_AXES)
+    """Those of the mesh's axes whose devices, several of them, read rows of their own."""
+    return tuple(axis for axis in mesh.axis_names if axis in BATCH_AXES and mesh.shape[axis] > 1)
 
 
 def batch_parts(mesh: Mesh) -> int:

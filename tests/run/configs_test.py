@@ -96,6 +96,8 @@ def test_it_trains_two_steps(path, tmp_path):
     assert first["loss_scale"] == (
         1 if "float16" not in path.stem.replace("bfloat16", "") else config.loss_scale.initial
     )
+    # Of a vocabulary's logits it would take one more pass over all of them.
+    assert ("accuracy" in first) != isinstance(config.data, TextConfig)
     assert not first["skipped"] and first["learning_rate"] == np.float32(
         config.optimizer.learning_rate
     )

@@ -1,11 +1,15 @@
 """Plans from the command line: this machine's own compiler stands in for those that are absent."""
 
+import dataclasses
+import importlib
 import json
 import pathlib
+import sys
 
 import jax
 import pytest
 
+from jaxmp import plan
 from jaxmp.plan import targets
 from jaxmp.run import build, cli, planning
 
@@ -138,6 +142,25 @@ def test_the_peak_falls_when_told_to():
         assert found.program.wide_products == ()
         gathers = {dtype for kind, dtype in found.program.traffic_by_kind if kind == "all-gather"}
         assert gathers <= {"bfloat16"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
+def test_a_run_on_one_device_moves_what_the_step_by_hand_moves():
+    """Its metrics, schedule and mesh of one included."""
+    missing = targets.missing_wheel("gpu-h100")
+    if missing:
+        pytest.skip(missing)
+    config, _ = cli.parse([*SMALL, "--model.vocab_size", "8192"])
+    found = planning.estimate(config, "gpu-h100").program
+    sys.path.insert(0, str(CONFIGS.parent / "scripts"))
+    bench = importlib.import_module("bench")
+    model = dataclasses.replace(config.model, attention="cudnn", context=512)
+    workload = bench.Workload(model, config.batch_size)
+    init, step = bench.build("hand bfloat16", workload)
+    state = jax.eval_shape(lambda: init(bench.initial_params(workload)))
+    by_hand = plan.compile_for(step, state, workload.batch(), "gpu-h100")
+    assert found.bytes_accessed <= 1.02 * by_hand.bytes_accessed
 
 
 @pytest.mark.slow

@@ -239,3 +239,13 @@ def test_defaults_and_rules_and_what_follows_a_parameter():
 def test_a_rule_that_does_not_fit_is_told(pattern, spec, said):
     with pytest.raises(ValueError, match=said):
         training.state_shardings(ABSTRACT, absent_mesh(fsdp=4), [(pattern, spec)])
+
+
+@pytest.mark.parametrize("spec", ["data=1", "fsdp=1", "data=1,fsdp=1"])
+def test_on_one_device_nothing_is_exchanged(spec):
+    params = {"w": jnp.ones((4, 4))}
+    shardings = training.state_shardings(params, training.make_mesh(spec, jax.devices()[:1]))
+    loss = lambda params, batch: jnp.mean((batch @ params["w"]) ** 2)
+    gradient = training.value_and_grad(loss, shardings=shardings)
+    text = jax.jit(gradient).lower(params, jnp.ones((2, 4))).as_text()
+    assert not re.search("manual_computation|all_reduce|all_gather|reduce_scatter", text)
