@@ -37,7 +37,7 @@ TASKS = ("digits_mlp", "digits_vit", "text_gpt")  # each in three precisions
 TRAINED = [
     f
     for f in FILES
-    if f.stem.rpartition("_")[0] not in TASKS or f.stem in {f"{task}_float16" for task in TASKS}
+    if f.stem.rpartition("_")[0] not in TASKS or f.stem.endswith("_float16")
     if f.stem != "llama_7b_bfloat16"
 ]
 
