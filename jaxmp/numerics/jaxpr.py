@@ -357,17 +357,18 @@ def with_vjp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
     values of any dtypes. `outputs` are the dtypes that its first results must have; the others
     (residuals) may come in whatever dtype suits.
     """
-    # Captured values come first and have no gradient: as closures they raise JAX's own error.
+    # Captured values come first and have no gradient: as closures they raise JAX's own error. Behind a
+    # vmap they are not counted any more; that nothing moves them tells them apart.
     captured = eqn.params.get("num_consts", 0)
     consts, args = list(args[:captured]), list(args[captured:])
-    inexact = [i for i in _inexact_places(eqn.invars) if i >= captured]
     inexact_out = _inexact_places(eqn.outvars)
     originals = [_like(jax.typeof(a), v) for a, v in zip([*consts, *args], eqn.invars)]
     saved: dict[str, Any] = {}
 
     def forward_rule(*primals: Any) -> list:
-        moving = _of_inexact(eqn, primals, inexact, inexact_out)
-        _, pullback, outs = jax.vjp(moving, *_at(primals, inexact), has_aux=True)
+        moved = saved["moved"]
+        moving = _of_inexact(eqn, primals, moved, inexact_out)
+        _, pullback, outs = jax.vjp(moving, *_at(primals, moved), has_aux=True)
         leaves, saved["tree"] = jax.tree.flatten(pullback)
         saved["avals"] = [jax.typeof(leaf) for leaf in leaves]
         return [*outs, *leaves]
@@ -381,7 +382,10 @@ def with_vjp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
     def call(*xs: Any) -> list:
         return function(*consts, *xs)
 
-    def forward(*xs: Any) -> tuple[list, list]:
+    def forward(*primals: Any) -> tuple[list, list]:
+        xs = [primal.value for primal in primals]
+        inexact = _inexact_places(eqn.invars)
+        saved["moved"] = [i for i in inexact if i >= captured and primals[i - captured].perturbed]
         dtypes = [out.dtype for out in jax.eval_shape(call, *xs)]
         outs = run_rule(without_dead(trace_flat(forward_rule, originals)), [*consts, *xs], dtypes)
         return outs[: len(dtypes)], outs[len(dtypes) :]
@@ -390,13 +394,21 @@ def with_vjp(eqn: Any, args: Sequence, function: Function, run_rule: Callable) -
         moving = [v.aval for v in _at(eqn.outvars, inexact_out)]
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in [*saved["avals"], *moving]]
         traced = without_dead(trace_flat(backward_rule, shapes))
-        places = [i - captured for i in inexact]
+        places = [i - captured for i in saved["moved"]]
         dtypes = [jax.typeof(x).dtype for x in _at(args, places)]
-        found = run_rule(traced, [*residuals, *_at(cotangents, inexact_out)], dtypes)
+        given = [_instantiated(c) for c in _at(cotangents, inexact_out)]
+        found = run_rule(traced, [*residuals, *given], dtypes)
         return tuple(_fill([None] * len(args), places, found))
 
-    call.defvjp(forward, backward)
+    call.defvjp(forward, backward, symbolic_zeros=True)
     return call(*args)
+
+
+def _instantiated(cotangent: Any) -> Any:
+    """A cotangent as an array: one that is known to be zero comes as its shape and dtype alone."""
+    symbolic: Any = jax.custom_derivatives.SymbolicZero
+    is_zero = isinstance(cotangent, symbolic)
+    return jnp.zeros(cotangent.shape, cotangent.dtype) if is_zero else cotangent
 
 
 def without_dead(program: Program) -> Program:

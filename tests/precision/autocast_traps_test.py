@@ -475,3 +475,25 @@ def test_a_product_without_a_preferred_type_has_the_gradient_of_one_with_it():
     np.testing.assert_array_equal(without, with_it)
     exact = jax.grad(lambda w: fn(w, None))(W)
     np.testing.assert_allclose(without, exact, atol=4 * 2.0**-11 * float(jnp.max(jnp.abs(exact))))
+
+
+def test_a_custom_vjp_that_captured_a_value_in_a_loop_under_vmap() -> None:
+    weight = jnp.eye(4) + 0.1
+
+    @jax.custom_vjp
+    def rule(x):
+        return jnp.sin(x @ weight)
+
+    rule.defvjp(
+        lambda x: (rule(x), x),
+        lambda x, g: jax.vjp(lambda x: jnp.sin(x @ weight), x)[1](g),
+    )
+
+    def fn(x):
+        scaled = lambda s: lax.fori_loop(0, 2, lambda _, c: 0.5 * rule(c), s * x)
+        return jax.vmap(scaled)(jnp.array([0.5, 1.0])).sum()
+
+    x = jnp.linspace(-1.0, 1.0, 16).reshape(4, 4)
+    exact = jax.grad(fn)(x)
+    for mixed in (jax.grad(autocast(fn)), autocast(jax.grad(fn))):
+        np.testing.assert_allclose(mixed(x), exact, atol=0.01)
