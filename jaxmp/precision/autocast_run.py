@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxmp.numerics import custom_rules
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
@@ -118,9 +119,9 @@ class Runner:
         ]
         kind = call.kind
         if kind == "custom_jvp_call":
-            return programs.with_jvp(eqn, operands, functions[0], self._jvp_rule(eqn, step))
+            return custom_rules.with_jvp(eqn, operands, functions[0], self._jvp_rule(eqn, step))
         if kind == "custom_vjp_call":
-            return programs.with_vjp(eqn, operands, functions[0], self._vjp_rule(step))
+            return custom_rules.with_vjp(eqn, operands, functions[0], self._vjp_rule(step))
         if kind == "jit":
             return self._jit(eqn, step.plans[0], functions[0], operands)
         return programs.rebind(eqn, call, operands, functions)

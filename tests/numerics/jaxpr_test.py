@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxmp.numerics import custom_rules
 from jaxmp.numerics import jaxpr as programs
 
 X = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 4)), jnp.float32)
@@ -75,10 +76,10 @@ def replayed(fn: Callable) -> Callable:
             return programs.bind(eqn, operands)
         functions = [lambda *xs, b=b: run(b.program, xs) for b in call.bodies]
         if call.kind == "custom_jvp_call":
-            return programs.with_jvp(eqn, operands, functions[0], run)
+            return custom_rules.with_jvp(eqn, operands, functions[0], run)
         if call.kind == "custom_vjp_call":
             rule = lambda program, values, dtypes: run(program, values)
-            return programs.with_vjp(eqn, operands, functions[0], rule)
+            return custom_rules.with_vjp(eqn, operands, functions[0], rule)
         return programs.rebind(eqn, call, operands, functions)
 
     def again(*args: Any, **kwargs: Any) -> Any:
@@ -151,5 +152,5 @@ def test_dead_operations_go_and_effects_stay() -> None:
         return x + 1
 
     program, _ = programs.trace(fn)(X)
-    kept = [e.primitive.name for e in programs.without_dead(program).jaxpr.eqns]
+    kept = [e.primitive.name for e in custom_rules.without_dead(program).jaxpr.eqns]
     assert "dot_general" not in kept and "add" in kept and len(kept) == 2
