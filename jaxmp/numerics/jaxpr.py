@@ -1,6 +1,6 @@
 """Traced programs: look into them, and run them again operation by operation, on any supported JAX.
 
-Everything that knows how JAX lays out its jaxprs is here; transforms elsewhere see equations
+Everything that knows how JAX lays out its jaxprs is here and in `custom_rules`; transforms elsewhere see equations
 (`primitive`, `invars`, `outvars`, `params`), and for operations that hold programs, a `Call`:
 
     jaxpr, consts, unflatten = trace(fn)(*args)
@@ -9,8 +9,8 @@ Everything that knows how JAX lays out its jaxprs is here; transforms elsewhere 
         with location(eqn):                  # the user's line and module path
             outs = bind(eqn, values) if call is None else rebind(eqn, call, values, functions)
 
-`rebind` builds the same construct (loop, branch, jit, remat, custom derivative) around other
-functions: names, shardings, donation, policies and effects stay.
+`rebind` builds the same construct (loop, branch, jit, remat) around other functions: names,
+shardings, donation, policies and effects stay. Custom derivatives are built by `custom_rules`.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def rebind(eqn: Any, call: Call, args: Sequence, functions: Sequence[Function]) 
 
     Each function takes what its `Body` was fed and returns the outputs as a list. Dtypes may differ
     from the original program's if they agree across branches and around loops. Custom derivatives
-    have their own functions: `with_jvp`, `with_vjp`.
+    have a file of their own, `custom_rules`.
     """
     if call.kind in _REBUILD:
         return list(_REBUILD[call.kind](eqn.params, args, functions))
