@@ -1,7 +1,8 @@
 """Traced programs: look into them, and run them again operation by operation, on any supported JAX.
 
-Everything that knows how JAX lays out its jaxprs is here and in `custom_rules`; transforms elsewhere see equations
-(`primitive`, `invars`, `outvars`, `params`), and for operations that hold programs, a `Call`:
+Everything that knows how JAX lays out its jaxprs is here and in `custom_rules`; transforms elsewhere
+see equations (`primitive`, `invars`, `outvars`, `params`), and for operations that hold programs, a
+`Call`:
 
     jaxpr, consts, unflatten = trace(fn)(*args)
     for eqn in jaxpr.eqns:
