@@ -37,8 +37,6 @@ class Demand(enum.IntFlag):
     """A sine or cosine: an angle of 16 bits would be wrong beyond 256."""
     MAGNIFIED = 32
     """A logarithm, a root or a denominator, which may blow a rounding up: the 1 of log(1 - tanh^2)."""
-    NUMERATOR = 64
-    """A division whose result a product uses: softmax."""
 
 
 NONE = Demand(0)
@@ -175,8 +173,6 @@ class Demands:
             back = _through_float32(name, demand)
         backs = [back] * len(eqn.invars)
         if name == "div" and kind is Kind.WIDEST and not _is_scalar(eqn.invars[1], scalars):
-            eaten = demand & Demand.EATEN and not demand & Demand.OUTPUT
-            backs[0] |= Demand.NUMERATOR if eaten else NONE
             backs[1] |= Demand.MAGNIFIED
         return backs
 
@@ -233,7 +229,7 @@ def _through_arithmetic(eqn: Any, demand: Demand, scalars: set) -> Demand:
         return NONE
     scales = name in rules.SCALES and any(_is_scalar(v, scalars) for v in eqn.invars)
     reaches = scales or name in rules.REACHES_THROUGH
-    back = demand & ~Demand.NUMERATOR if reaches else demand & ~(Demand.EATEN | Demand.NUMERATOR)
+    back = demand if reaches else demand & ~Demand.EATEN
     if demand & Demand.OUTPUT and not (scales or name in rules.ADDITIVE):
         back = (back & ~Demand.OUTPUT) | Demand.FLOAT32
     return back

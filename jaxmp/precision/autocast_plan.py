@@ -18,6 +18,7 @@ Loops take the least precision that is stable around the loop.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ class Plan:
     inputs: list[Form | None]
     steps: list[Step]
     outputs: list[Form | None]
+    softmaxes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
+    """Places of divisions that make a softmax for a product, with those of the operations before them."""
     cache: dict = dataclasses.field(default_factory=dict)
 
 
@@ -110,7 +113,9 @@ class Planner:
             forms.update(zip(eqn.outvars, step.results))
             steps.append(step)
         outputs = [self._form(v, forms) for v in jaxpr.outvars]
-        return Plan(program, inputs, steps, outputs)
+        # In float16 small probabilities would lose their digits to the backward pass as well.
+        softmaxes = {} if self.settings.narrow else _softmaxes(jaxpr, steps)
+        return Plan(program, inputs, steps, outputs, softmaxes)
 
     # Forwards: forms
 
@@ -146,8 +151,6 @@ class Planner:
             run, form = Form.LOW, Form.LOW if used_low else Form.FULL
         elif kind is Kind.FLOAT32:
             run, form = Form.FULL, _made(Form.FULL, demand)
-            if self.softmax_numerator(eqn.primitive.name, demand):
-                form = Form.LOW
         else:
             run, form, why = self._widest(eqn, kind, operands, demand, scope)
             if run == Form.FULL and form == Form.LOW and _skips(eqn, operands, used):
@@ -158,11 +161,6 @@ class Planner:
         step.elementwise = kind is Kind.WIDEST
         step.heads = not demand & PRODUCT
         return step
-
-    def softmax_numerator(self, name: str, demand: Demand) -> bool:
-        """Whether an exponential is kept in 16 bits because what it is divided by, and eaten, is."""
-        divided = demand & Demand.NUMERATOR and not demand & Demand.OUTPUT
-        return bool(divided) and name in rules.EXPONENTIALS and not self.settings.narrow
 
     def _widest(
         self, eqn: Any, kind: Kind, operands: list[Form | None], demand: Demand, scope: str
@@ -325,6 +323,39 @@ def _skips(eqn: Any, operands: list[Form | None], used: dict[Any, Demand]) -> bo
     narrow = [v for v, form in pairs if form == Form.LOW and not programs.is_literal(v)]
     awaited = any(used.get(v, NONE) & Demand.FLOAT32 for v in narrow)
     return eqn.primitive.name == "add" and bool(narrow) and not awaited
+
+
+def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:
+    """Divisions of exponentials by their own sum, rounded for a product, that nothing else looks into.
+
+    Gives the place of each division, and those of the exponential, its sum and what repeats that sum.
+    """
+    maker = {v: index for index, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+    read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    uses = collections.Counter(v for v in read if not programs.is_literal(v))
+
+    def made_by(atom: Any, names: frozenset[str], times: int) -> int | None:
+        """The place of the operation of such a name that gives a value used so often."""
+        index = None if programs.is_literal(atom) or uses[atom] != times else maker.get(atom)
+        named = index is not None and jaxpr.eqns[index].primitive.name in names
+        return index if named and steps[index].run != Form.LOW else None
+
+    found = {}
+    for place, (eqn, step) in enumerate(zip(jaxpr.eqns, steps)):
+        if eqn.primitive.name != "div" or step.run != Form.FULL or step.results != [Form.LOW]:
+            continue
+        above, below = eqn.invars
+        parts: list[int] = []
+        while (index := made_by(below, rules.REPEATS, 1)) is not None:
+            below, parts = jaxpr.eqns[index].invars[0], [index, *parts]
+        total, exponential = (
+            made_by(below, frozenset({"reduce_sum"}), 1),
+            made_by(above, rules.EXPONENTIALS, 2),
+        )
+        if total is None or exponential is None or jaxpr.eqns[total].invars[0] is not above:
+            continue
+        found[place] = [exponential, total, *parts]
+    return found
 
 
 def _is_bias(atom: Any) -> bool:

@@ -148,6 +148,8 @@ PERIODIC = frozenset({"sin", "cos", "tan"})
 MAGNIFIES = frozenset("log log1p log2 sqrt rsqrt cbrt pow atanh acosh erf_inv lgamma".split())
 # A rounding of their operand can't grow, and a rounding of the result is as small beside it.
 EXPONENTIALS = frozenset({"exp"})
+# What gives a sum over rows the shape that divides them.
+REPEATS = frozenset("broadcast_in_dim reshape expand_dims".split())
 # Bounded and dear to compute twice: their 16-bit results are kept, as a cap of logits is.
 SATURATES = frozenset("tanh logistic erf".split())
 EQUALITIES = frozenset("eq ne eq_to".split())

@@ -12,7 +12,7 @@ from jaxmp.numerics import custom_rules
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
-from jaxmp.precision.autocast_rules import EXPONENTIALS, TABLE, UNKNOWN, Kind
+from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind
 
 _FLOAT32 = np.dtype("float32")
 
@@ -30,21 +30,22 @@ class Runner:
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.program.consts))
         values.update(zip(jaxpr.invars, args))
         widened: dict[Any, Any] = {}
-        exponentials: set[Any] = set()
-        for eqn, step in zip(jaxpr.eqns, plan.steps):
-            operands = [v.val if programs.is_literal(v) else values[v] for v in eqn.invars]
-            name = eqn.primitive.name
-            low = step.run == Form.FULL and step.results[:1] == [Form.LOW]
+        parts = {index for inner in plan.softmaxes.values() for index in inner}
+        for index, (eqn, step) in enumerate(zip(jaxpr.eqns, plan.steps)):
+            if index in parts:
+                continue
+            inner = plan.softmaxes.get(index)
+            first, how = (jaxpr.eqns[inner[0]], plan.steps[inner[0]]) if inner else (eqn, step)
+            operands = [v.val if programs.is_literal(v) else values[v] for v in first.invars]
             with programs.location(eqn):
-                if low and name == "div" and _is_in(eqn.invars[0], exponentials):
-                    values[eqn.outvars[0]] = _narrow_quotient(eqn, self.dtype, *operands)
-                    continue
-                if step.run == Form.FULL or step.call is not None:
-                    operands = self._widened(eqn, step, operands, widened)
-                results = self._step(eqn, step, operands)
+                if how.run == Form.FULL or how.call is not None:
+                    operands = self._widened(first, how, operands, widened)
+                if inner:
+                    eqns = [*(jaxpr.eqns[i] for i in inner), eqn]
+                    results = [_narrow_softmax(eqns, self.dtype, *operands)]
+                else:
+                    results = self._step(eqn, step, operands)
             values.update(zip(eqn.outvars, results))
-            if low and name in EXPONENTIALS:
-                exponentials.add(eqn.outvars[0])
         outputs = [v.val if programs.is_literal(v) else values[v] for v in jaxpr.outvars]
         return [self.fit(x, form) for x, form in zip(outputs, plan.outputs)]
 
@@ -100,8 +101,6 @@ class Runner:
 
     def _bind(self, eqn: Any, step: Step, operands: list) -> list:
         name = eqn.primitive.name
-        if name in EXPONENTIALS and step.results == [Form.LOW]:
-            return [_narrow_exponential(eqn, self.dtype, operands[0])]
         if TABLE.get(name, UNKNOWN).kind is not Kind.LOW:
             return programs.bind(eqn, operands)
         wide = eqn.outvars[0].aval.dtype
@@ -172,11 +171,6 @@ class Runner:
         return self.run(self.planner.plan(program, inputs, demands), args)
 
 
-def _is_in(atom: Any, variables: set) -> bool:
-    """Whether an operand is one of these variables. (Literals can't be hashed on every JAX.)"""
-    return not programs.is_literal(atom) and atom in variables
-
-
 def _cast(eqn: Any, x: Any) -> Any:
     """An explicit cast of the user's program, which may have become superfluous."""
     dtype = eqn.params["new_dtype"]
@@ -199,40 +193,37 @@ def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     return primals[0], jax.lax.optimization_barrier(tangents[0])
 
 
-def _narrow_exponential(eqn: Any, dtype: np.dtype, x: jax.Array) -> jax.Array:
-    """An exponential computed in float32 and rounded; its derivative needs the rounded one alone."""
+def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
+    """A softmax, of float32 inside; its derivative needs the rounded result alone.
 
-    @jax.custom_jvp
-    def exponential(x: jax.Array) -> jax.Array:
-        return programs.convert(programs.bind(eqn, [x])[0], dtype)
+        dy = y dx - y sum(y dx)
 
-    @exponential.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        y = exponential(*primals)
-        return y, programs.convert(tangents[0], dtype) * y
-
-    return exponential(x)
-
-
-def _narrow_quotient(eqn: Any, dtype: np.dtype, above: jax.Array, below: jax.Array) -> jax.Array:
-    """A softmax's division in float32, rounded; its derivative needs the rounded one alone.
-
-    JAX's own would keep the numerator for the backward pass, in float32. The denominator's
-    tangent is repeated before it is cast, so that its cotangent is summed in float32.
+    `eqns` are the exponential, its sum, what repeats that sum, and the division. JAX's own derivatives of
+    these would keep exponentials and quotients for the backward pass. The sum is repeated before
+    it is cast, so that its cotangent is summed in float32; the barrier keeps that sum an operation of
+    its own, without which a TPU's compiler brings all it reads into the layout of rows.
     """
+    exponential, *sums, division = eqns
+
+    def total(terms: jax.Array) -> jax.Array:
+        for eqn in sums:
+            (terms,) = programs.bind(eqn, [terms])
+        return terms
 
     @jax.custom_jvp
-    def quotient(above: jax.Array, below: jax.Array) -> jax.Array:
-        return programs.convert(programs.bind(eqn, [above.astype(_FLOAT32), below])[0], dtype)
+    def softmax(x: jax.Array) -> jax.Array:
+        (above,) = programs.bind(exponential, [x])
+        return programs.convert(programs.bind(division, [above, total(above)])[0], dtype)
 
-    @quotient.defjvp
+    @softmax.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        y, below = quotient(*primals), primals[1].astype(_FLOAT32)
-        first = tangents[0].astype(_FLOAT32) / below
-        second = jax.numpy.broadcast_to(tangents[1].astype(_FLOAT32) / below, y.shape)
-        return y, first.astype(dtype) - y * second.astype(dtype)
+        y = softmax(*primals)
+        moved = y * programs.convert(tangents[0], dtype)
+        whole = jax.lax.optimization_barrier(total(programs.convert(moved, _FLOAT32)))
+        whole = jax.numpy.broadcast_to(whole, y.shape)
+        return y, moved - y * programs.convert(whole, dtype)
 
-    return quotient(above, below.astype(_FLOAT32))
+    return softmax(x)
 
 
 def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:

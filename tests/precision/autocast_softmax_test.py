@@ -1,0 +1,84 @@
+"""A softmax that a product eats: float32 inside, one 16-bit array kept for the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmp.precision.autocast import autocast
+
+RNG = np.random.default_rng(0)
+X, V, G = (RNG.normal(size=shape).astype(np.float32) for shape in ((12, 12), (12, 5), (12, 5)))
+
+
+def reads_the_sum(x: jax.Array, v: jax.Array) -> jax.Array:
+    above = jnp.exp(x - jnp.max(x, -1, keepdims=True))
+    below = jnp.sum(above, -1, keepdims=True)
+    return (above / below) @ v + jnp.log(below)
+
+
+def reads_the_exponentials(x: jax.Array, v: jax.Array) -> jax.Array:
+    above = jnp.exp(x)
+    return (above / jnp.sum(above, -1, keepdims=True)) @ v + jnp.mean(above)
+
+
+# And whether all of it is one operation to autocast: nobody looks inside.
+SOFTMAXES: dict[str, tuple[Callable, bool]] = {
+    "rows": (lambda x, v: jax.nn.softmax(x) @ v, True),
+    "columns": (lambda x, v: jax.nn.softmax(x, axis=0) @ v, True),
+    # Divided by one number, which a product takes as a scale.
+    "the whole array": (lambda x, v: jax.nn.softmax(x, axis=(0, 1)) @ v, False),
+    "scaled and masked": (
+        lambda x, v: jax.nn.softmax(jnp.where(np.tri(12, dtype=bool), 0.3 * x, -jnp.inf)) @ v,
+        True,
+    ),
+    "without a maximum": (
+        lambda x, v: (jnp.exp(x) / jnp.sum(jnp.exp(x), -1, keepdims=True)) @ v,
+        False,
+    ),
+    "its sum read": (reads_the_sum, False),
+    "its exponentials read": (reads_the_exponentials, False),
+}
+
+
+def kept(fn: Callable, dtype: str) -> list[str]:
+    """The dtypes of the floating-point arrays as large as the logits that the backward pass needs.
+
+    A `where` keeps an array of zeros as well, with and without autocast.
+    """
+    _, pullback = jax.vjp(autocast(lambda x: fn(x, V), dtype), X)
+    large = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == X.shape]
+    return [leaf.dtype.name for leaf in large if leaf.dtype != bool and leaf.any()]
+
+
+@pytest.mark.parametrize(("fn", "fused"), SOFTMAXES.values(), ids=SOFTMAXES)
+def test_value_and_both_derivatives_are_those_of_float64(fn, fused):
+    def all_of_it(fn, x, v, g):
+        out, pullback = jax.vjp(fn, x, v)
+        return (out, *pullback(g), jax.jvp(lambda x: fn(x, v), (x,), (x,))[1])
+
+    found = jax.jit(lambda *args: all_of_it(autocast(fn), *args))(X, V, G)
+    with jax.enable_x64(True):
+        wide = (a.astype(np.float64) for a in (X, V, G))
+        expected = jax.jit(lambda *args: all_of_it(fn, *args))(*wide)
+    for ours, theirs in zip(found, map(np.asarray, expected), strict=True):
+        assert ours.dtype == jnp.float32 and theirs.dtype == np.float64
+        assert np.linalg.norm(ours - theirs) < 2**-7 * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, fused) in SOFTMAXES.items() if fused])
+def test_the_backward_pass_keeps_the_16_bit_result_alone(name):
+    assert kept(SOFTMAXES[name][0], "bfloat16") == ["bfloat16"]
+
+
+def test_in_float16_it_keeps_float32_as_well():
+    assert "float32" in kept(SOFTMAXES["rows"][0], "float16")
+
+
+def test_what_the_caller_gets_is_no_16_bit_softmax():
+    out = jax.jit(autocast(lambda x, v: (jax.nn.softmax(x), jax.nn.softmax(x) @ v)))(X, V)
+    np.testing.assert_allclose(out[0].sum(-1), 1, rtol=1e-6)
