@@ -346,15 +346,15 @@ def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:
             continue
         above, below = eqn.invars
         parts: list[int] = []
-        while (index := made_by(below, rules.REPEATS, 1)) is not None:
+        index = made_by(below, rules.REPEATS, 1)
+        while index is not None:
             below, parts = jaxpr.eqns[index].invars[0], [index, *parts]
-        total, exponential = (
-            made_by(below, frozenset({"reduce_sum"}), 1),
-            made_by(above, rules.EXPONENTIALS, 2),
-        )
-        if total is None or exponential is None or jaxpr.eqns[total].invars[0] is not above:
-            continue
-        found[place] = [exponential, total, *parts]
+            index = made_by(below, rules.REPEATS, 1)
+        total = made_by(below, frozenset({"reduce_sum"}), 1)
+        exponential = made_by(above, rules.EXPONENTIALS, 2)
+        if total is not None and exponential is not None:
+            if jaxpr.eqns[total].invars[0] is above:
+                found[place] = [exponential, total, *parts]
     return found
 
 

@@ -1,5 +1,7 @@
 """Gradients by depth: against closed forms of random nets and float64, and what the verdicts say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,25 +12,27 @@ from jaxmp.diagnose import flow
 DEPTH, WIDTH = 50, 256
 
 
-def random_net(gain, relu, seed=0):
-    """Float32 kernels of a deep net whose entries have a deviation of gain / sqrt(width), and its loss."""
-    keys = jax.random.split(jax.random.key(seed), DEPTH + 2)
-    deviation = gain / np.sqrt(WIDTH)
-    kernels = jnp.stack(
-        [deviation * jax.random.normal(key, (WIDTH, WIDTH)) for key in keys[:DEPTH]]
-    )
-    x, g = (jax.random.normal(key, (64, WIDTH)) for key in keys[DEPTH:])
+def random_net(gain, seed=0):
+    """Float32 kernels whose entries have a deviation of gain / sqrt(width), an input, and a gradient."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    kernels = np.float32(gain / np.sqrt(WIDTH)) * normal(DEPTH, WIDTH, WIDTH)
+    return kernels, normal(64, WIDTH), normal(64, WIDTH)
 
-    def loss(x, taps):
+
+@functools.partial(jax.jit, static_argnames="relu")
+def at_taps(kernels, x, g, relu):
+    """What taps before each layer of a deep net see, of which g is the gradient at the top."""
+
+    def loss(taps):
         def layer(x, layer):
             kernel, tap = layer
             x = flow.tap(x, tap) @ kernel
             return (jax.nn.relu(x) if relu else x), None
 
-        # The gradient at the top is g, a fixed one.
         return jnp.sum(jax.lax.scan(layer, x, (kernels, taps))[0] * g)
 
-    return kernels, x, g, loss
+    return jax.grad(loss)(flow.new_tap(DEPTH))
 
 
 @pytest.mark.parametrize(
@@ -38,9 +42,7 @@ def random_net(gain, relu, seed=0):
 )
 def test_a_deep_random_net_shrinks_gradients_by_its_gain_each_layer(gain, relu, per_layer):
     """Squares shrink by gain^2, halved by a ReLU: log10 of first to last is (depth - 1) log10(that)."""
-    _, x, _, loss = random_net(gain, relu)
-    taps = jax.jit(jax.grad(loss, argnums=1))(x, flow.new_tap(DEPTH))
-    found = flow.flow_at_taps(taps)
+    found = flow.flow_at_taps(at_taps(*random_net(gain), relu))
     assert found.names == tuple(f"block_{i}" for i in range(DEPTH))
     theory = (DEPTH - 1) * np.log10(per_layer)
     assert abs(np.log10(found.norm[0] / found.norm[-1]) - theory) < 0.15
@@ -50,22 +52,21 @@ def test_a_deep_random_net_shrinks_gradients_by_its_gain_each_layer(gain, relu, 
 
 def test_taps_measure_what_float64_backpropagates_beyond_the_range_of_squares():
     """Every block's norm, where its square is far below float32: sqrt(sum g^2) alone would give 0."""
-    kernels, x, g, loss = random_net(0.5, False)
-    taps = jax.jit(jax.grad(loss, argnums=1))(x * 1e-15, flow.new_tap(DEPTH))
-    found = flow.flow_at_taps(taps).norm
+    kernels, x, g = random_net(0.5)
+    found = flow.flow_at_taps(at_taps(kernels, x * np.float32(1e-15), g, False)).norm
     g, expected = np.asarray(g, np.float64), []
     for kernel in np.asarray(kernels, np.float64)[::-1]:
         g = g @ kernel.T
         expected.append(np.linalg.norm(g))
     np.testing.assert_allclose(found, expected[::-1], rtol=2e-5)
-    tiny = jax.grad(lambda x, tap: jnp.sum(flow.tap(x, tap) * 1e-30), argnums=1)
-    norm = flow.flow_at_taps(tiny(jnp.ones(100), flow.new_tap())).norm
+    tiny = jax.grad(lambda tap: jnp.sum(flow.tap(jnp.ones(100), tap) * 1e-30))
+    norm = flow.flow_at_taps(jax.jit(tiny)(flow.new_tap())).norm
     np.testing.assert_allclose(norm, [1e-29], rtol=1e-6)
-    assert jnp.sqrt(jnp.sum(jnp.square(jnp.full(100, 1e-30)))) == 0  # the naive norm
+    assert np.sqrt(np.sum(np.square(np.full(100, 1e-30, np.float32)))) == 0  # the naive norm
 
 
 def test_a_tap_changes_neither_value_nor_gradient():
-    x = jax.random.normal(jax.random.key(0), (5,))
+    x = np.random.default_rng(0).standard_normal(5, np.float32)
     plain = lambda x: jnp.sum(jnp.sin(x) ** 2)
     tapped = lambda x: jnp.sum(flow.tap(jnp.sin(x), flow.new_tap()) ** 2)
     np.testing.assert_array_equal(plain(x), tapped(x))

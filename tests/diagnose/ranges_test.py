@@ -115,14 +115,13 @@ def holds_up(loss, params, data, suggestion, autocast=(False, True)):
         assert skipped == 2 or not np.isfinite(bare).all()
 
 
-@pytest.mark.parametrize("large", ["big", pytest.param("first", marks=pytest.mark.slow)])
-def test_exactly_the_planted_layer_is_proposed(large):
+def test_exactly_the_planted_layer_is_proposed():
     data = batch()
-    loss, params = linen(Planted(large), data["inputs"])
+    loss, params = linen(Planted("big"), data["inputs"])
     audit = jaxmp.audit_ranges(loss, params, data, formats=("float16", "bfloat16"))
     found = audit.suggestions["float16"]
-    assert found.overrides == ((large, "float32"),)
-    assert found.scopes == ((f"Planted/{large}", "float32"),)
+    assert found.overrides == (("big", "float32"),)
+    assert found.scopes == (("Planted/big", "float32"),)
     assert found.by_cast and found.by_autocast and audit.suggestion == found
     holds_up(loss, params, data, found)
     bfloat16 = audit.suggestions["bfloat16"]

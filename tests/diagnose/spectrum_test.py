@@ -20,7 +20,7 @@ def strict_promotion():
 
 
 def _normal(seed, *shape, dtype=None):
-    return jax.random.normal(jax.random.key(seed), shape, dtype or jnp.zeros(0).dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype or float)
 
 
 def _largest(jacobian):
@@ -71,16 +71,15 @@ def test_lanczos_finds_the_largest_singular_value_within_a_percent(shape):
     """Twelve steps come within 1% of a Gaussian matrix's norm; twice as many from every start."""
     matrix = _normal(0, *shape)
 
-    def ratios(keys, steps):
-        measure = lambda key: spectrum.lipschitz(
-            lambda x: matrix @ x, jnp.ones(shape[1]), steps=steps, key=key
+    def ratios(steps):
+        measure = lambda seed: spectrum.lipschitz(
+            lambda x: matrix @ x, jnp.ones(shape[1]), steps=steps, key=jax.random.key(seed)
         )
-        return np.asarray(jax.jit(jax.vmap(measure))(keys).values) / _largest(matrix)
+        return np.asarray(jax.jit(jax.vmap(measure))(np.arange(17)).values) / _largest(matrix)
 
-    keys = jax.random.split(jax.random.key(1), 16)
-    default, twelve, twice = ratios(jax.random.key(0)[None], 12), ratios(keys, 12), ratios(keys, 24)
-    assert default.min() >= 0.99 and np.median(twelve) >= 0.99 and twice.min() >= 0.99
-    assert max(default.max(), twelve.max(), twice.max()) <= 1 + 1e-6
+    twelve, twice = ratios(12), ratios(24)  # the first is what is measured by default
+    assert twelve[0] >= 0.99 and np.median(twelve) >= 0.99 and twice.min() >= 0.99
+    assert max(twelve.max(), twice.max()) <= 1 + 1e-6
 
 
 def test_every_value_is_a_lower_bound_and_enough_steps_give_all():
@@ -124,15 +123,20 @@ def test_a_sixteen_bit_function_is_measured_as_it_runs(dtype):
     np.testing.assert_allclose(float(found), _largest(weight), rtol=float(jnp.finfo(dtype).eps))
 
 
+@jax.jit
+def _spectrum_of(matrix, magnitude):
+    x = jnp.ones(matrix.shape[1])
+    return spectrum.jacobian_spectrum(lambda x: (matrix @ x) * magnitude, x, probes=64)
+
+
 @pytest.mark.parametrize("magnitude", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("kind", ["identity", "rank one", "decaying"])
 def test_right_at_any_magnitude_and_where_the_space_is_exhausted(kind, magnitude):
     """Squares of these values leave float32's range, and Krylov spaces of dimension 1 end at once."""
     left, _, right = np.linalg.svd(np.asarray(_normal(0, 24, 16)), full_matrices=False)
     values = {"identity": np.ones(16), "rank one": np.eye(16)[0], "decaying": 4.0 ** -np.arange(16)}
-    matrix = jnp.asarray((left * values[kind]) @ right, jnp.float32)
-    fn = lambda x: (matrix @ x) * magnitude
-    found = spectrum.jacobian_spectrum(fn, _normal(1, 16), probes=64)
+    matrix = ((left * values[kind]) @ right).astype(np.float32)
+    found = _spectrum_of(matrix, np.float32(magnitude))
     np.testing.assert_allclose(found.singular_values[0], magnitude, rtol=1e-5)
     want = np.linalg.norm(values[kind]) * magnitude
     assert abs(found.frobenius_norm - want) <= 4 * found.frobenius_error + 1e-5 * want
@@ -319,11 +323,11 @@ def test_l2_attention_stays_below_its_bound():
 
 def test_a_stack_stretches_by_at_most_the_product_of_its_blocks():
     """A product of Jacobians is bounded by the product of their norms; one vmap or a list agree."""
-    weights = _normal(0, 5, 16, 16) / 4
+    weights = _normal(0, 3, 16, 16) / 4
     block = lambda w, h: h + jnp.tanh(w @ h)
     x = _normal(1, 16)
     scanned = jax.jit(lambda w, x: spectrum.stack_spectrum(block, x, w, steps=16))(weights, x)
-    blocks = [lambda h, i=i: block(weights[i], h) for i in range(5)]
+    blocks = [lambda h, i=i: block(weights[i], h) for i in range(3)]
     listed = jax.jit(lambda x: spectrum.stack_spectrum(blocks, x, steps=16))(x)
     jacobian = jax.jit(jax.jacfwd(block, argnums=1))
     h, true = x, []
@@ -337,7 +341,7 @@ def test_a_stack_stretches_by_at_most_the_product_of_its_blocks():
     np.testing.assert_allclose(scanned.log10_product, math.log10(scanned.product), rtol=1e-5)
     measure = jax.vmap(lambda x: spectrum.stack_spectrum(block, x, weights, steps=4))
     examples = jax.jit(measure)(_normal(2, 4, 16))
-    assert examples.blocks.shape == (4, 5) and "5 blocks" in str(examples)
+    assert examples.blocks.shape == (4, 3) and "3 blocks" in str(examples)
 
 
 def test_a_product_beyond_float32_is_still_told():

@@ -7,6 +7,13 @@ import pytest
 
 from jaxmp.nn import init
 
+# One program for each kernel's shape: op by op, each of them would compile a dozen.
+convolution_norm = jax.jit(init.convolution_norm, static_argnames=("image", "stride", "groups"))
+
+
+def initialised(initializer, shape, dtype):
+    return np.asarray(jax.jit(initializer, static_argnums=(1, 2))(jax.random.key(0), shape, dtype))
+
 
 def convolve(images, kernel, stride, circular):
     """Cross-correlates images [N, H, W, C] with a kernel [h, w, C, F], one shift at a time."""
@@ -47,8 +54,8 @@ CASES = {
 def test_the_norm_of_a_convolution_is_that_of_its_matrix(name):
     shape, image, stride, groups = CASES[name]
     with jax.enable_x64(True):
-        kernel = jnp.asarray(np.random.default_rng(0).normal(size=shape))
-        norm = init.convolution_norm(kernel, image=image, stride=stride, groups=groups)
+        kernel = np.random.default_rng(0).normal(size=shape)
+        norm = convolution_norm(kernel, image=image, stride=stride, groups=groups)
         expected = operator_norm(kernel, image, stride=stride, groups=groups)
         np.testing.assert_allclose(norm, expected, rtol=1e-9)
 
@@ -57,7 +64,7 @@ def test_the_norm_of_a_convolution_is_that_of_its_matrix(name):
 def test_kernels_start_with_operator_norm_1_and_no_more_with_zero_padding(name):
     shape, image, stride, groups = CASES[name]
     initializer = init.spectral(image=image, stride=stride, groups=groups)
-    kernel = initializer(jax.random.key(0), shape, jnp.float32)
+    kernel = initialised(initializer, shape, "float32")
     norm = operator_norm(kernel, image, stride=stride, groups=groups)
     assert norm == pytest.approx(1, rel=1e-5)
     if stride == 1:
@@ -73,22 +80,22 @@ def test_the_reshaped_kernel_has_another_norm(name):
 
 
 def test_frequencies_sampled_more_finely_are_no_smaller():
-    kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 4, 4)), "float32")
-    norms = [init.convolution_norm(kernel, image=(n, n)) for n in (4, 8, 16, 32)]
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 4)).astype("float32")
+    norms = [float(convolution_norm(kernel, image=(n, n))) for n in (4, 8, 16, 32)]
     assert sorted(norms) == norms
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 def test_matrices_start_with_norm_1_in_the_dtype_asked_for(dtype):
     base = jax.nn.initializers.normal(3.0)
-    kernel = init.spectral(base)(jax.random.key(0), (24, 40), dtype)
+    kernel = initialised(init.spectral(base), (24, 40), dtype)
     assert kernel.dtype == dtype
-    norm = np.linalg.norm(np.asarray(kernel).astype(np.float64), ord=2)
+    norm = np.linalg.norm(kernel.astype(np.float64), ord=2)
     of_svd = 24 * float(jnp.finfo("float32").eps)  # in float32, with 24 singular values
     assert norm == pytest.approx(1, rel=max(float(jnp.finfo(dtype).eps), of_svd))
-    plain = base(jax.random.key(0), (24, 40), jnp.float32)
+    plain = initialised(base, (24, 40), "float32")
     np.testing.assert_allclose(
-        np.asarray(kernel).astype(np.float64) * np.linalg.norm(plain, ord=2),
+        kernel.astype(np.float64) * np.linalg.norm(plain, ord=2),
         plain,
         rtol=2 * float(jnp.finfo(dtype).eps),
         atol=1e-6,
@@ -96,7 +103,7 @@ def test_matrices_start_with_norm_1_in_the_dtype_asked_for(dtype):
 
 
 def test_wrong_shapes_are_named():
-    kernel = jnp.ones((3, 3, 2, 2))
+    kernel = np.ones((3, 3, 2, 2), np.float32)
     with pytest.raises(ValueError, match=r"or \[height, width, in, out\], not one of shape \(3,\)"):
         init.spectral(jax.nn.initializers.ones)(jax.random.key(0), (3,))
     with pytest.raises(ValueError, match="3x3 is larger than the image 2x8"):

@@ -19,7 +19,7 @@ from jaxmp.training.state import TrainState
 
 KEY = jax.random.key(0)
 ROWS = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
-BATCH = {"inputs": jnp.asarray(ROWS), "targets": jnp.asarray(ROWS[:, :4].sum(1) > 0, jnp.int32)}
+BATCH = {"inputs": jnp.asarray(ROWS), "targets": jnp.asarray(np.int32(ROWS[:, :4].sum(1) > 0))}
 
 
 class Net(nn.Module):
@@ -47,6 +47,11 @@ def initial(model):
     return linen.init(model, KEY, BATCH["inputs"])
 
 
+def shapes(model, inputs=BATCH["inputs"], **arguments):
+    """What `linen.init` gives, as shapes and dtypes: nothing to compile."""
+    return jax.eval_shape(lambda: linen.init(model, KEY, inputs, **arguments))
+
+
 @functools.cache
 def compiled_loss(model, train):
     make = linen.loss_from if train else linen.eval_loss_from
@@ -54,16 +59,17 @@ def compiled_loss(model, train):
 
 
 def value(model, *, rng=KEY, train=True):
-    params, state = initial(model)
+    # Dropout has no parameters: every `Net` starts with those of one.
+    params, state = initial(Net() if isinstance(model, Net) else model)
     return compiled_loss(model, train)(params, BATCH, rng, state)
 
 
 class TestInit:
     def test_parameters_and_the_rest(self):
-        params, state = linen.init(Net(), KEY, BATCH["inputs"])
+        params, state = shapes(Net())
         assert set(params) == {"Dense_0", "BatchNorm_0", "Dense_1"}
         assert set(state) == {"batch_stats"}
-        assert linen.init(nn.Dense(2), KEY, BATCH["inputs"])[1] == {}
+        assert shapes(nn.Dense(2))[1] == {}
 
     def test_arguments_reach_the_model(self):
         class Chosen(nn.Module):
@@ -72,21 +78,21 @@ class TestInit:
                 assert not train
                 return nn.Dense(width)(x)
 
-        params, _ = linen.init(Chosen(), KEY, BATCH["inputs"], width=3)
+        params, _ = shapes(Chosen(), width=3)
         assert params["Dense_0"]["kernel"].shape == (8, 3)
 
     def test_is_repeatable(self):
-        one, two = (linen.init(Net(), KEY, BATCH["inputs"]) for _ in range(2))
-        jax.tree.map(np.testing.assert_array_equal, one, two)
+        again = linen.init(Net(), KEY, BATCH["inputs"])
+        jax.tree.map(np.testing.assert_array_equal, initial(Net()), again)
 
 
 class TestLoss:
     def test_is_the_loss_of_apply(self):
         params, state = initial(Net())
         loss, aux = value(Net())
-        logits, new = Net().apply(
-            {"params": params, **state}, BATCH["inputs"], train=True, mutable=["batch_stats"]
-        )
+        variables = {"params": params, **state}
+        apply = jax.jit(lambda v, x: Net().apply(v, x, train=True, mutable=["batch_stats"]))
+        logits, new = apply(variables, BATCH["inputs"])
         np.testing.assert_allclose(loss, F.softmax_cross_entropy(logits, BATCH["targets"]))
         assert set(aux) == {"accuracy", "model_state"}
         np.testing.assert_allclose(aux["accuracy"], F.accuracy(logits, BATCH["targets"]))
@@ -98,7 +104,7 @@ class TestLoss:
         )
 
     def test_evaluation_uses_the_running_statistics_and_leaves_them(self):
-        _, state = initial(Net(0.5))
+        _, state = initial(Net())
         loss, aux = value(Net(0.5), train=False)
         jax.tree.map(np.testing.assert_array_equal, aux["model_state"], state)
         other_key, _ = value(Net(0.5), train=False, rng=jax.random.key(1))
@@ -143,7 +149,7 @@ class PostNorm(nn.Module):
 
 def products(policy, model, *, intercept=True):
     """Gives the operands' dtypes of every product, forward and backward, and the logits' dtype."""
-    params, state = initial(model)
+    params, state = shapes(model)
     seen = []
 
     def loss(logits, targets):
@@ -153,11 +159,11 @@ def products(policy, model, *, intercept=True):
     loss_fn = linen.loss_from(model, loss, policy=policy if intercept else None)
     grads_of = jax.grad(loss_fn, has_aux=True)
 
-    def gradients(params):
+    def gradients(params, state):
         batch = {**BATCH, "inputs": BATCH["inputs"].astype(policy.compute_dtype)}
         return grads_of(policy.cast_to_compute(params), batch, KEY, state)[0]
 
-    jaxpr = jax.make_jaxpr(gradients)(params)
+    jaxpr = jax.make_jaxpr(gradients)(params, state)
     found = [
         tuple(str(v.aval.dtype) for v in eqn.invars)
         for eqn in equations(jaxpr.jaxpr)
@@ -236,31 +242,31 @@ class TestOverrides:
         assert set(products(policy, PostNorm())[0]) == {HALF}
 
     def test_reference_models(self):
-        images = jnp.zeros((4, 8, 8, 1))
+        images = np.zeros((4, 8, 8, 1), np.float32)
         model = models.VisionTransformer(models.ViTConfig(depth=1))
-        params, state = linen.init(model, KEY, images)
+        params, state = shapes(model, images)
         policy = mixed({"**/LayerNorm_*": "float32"})
         loss_fn = linen.loss_from(model, F.softmax_cross_entropy, policy=policy)
-        batch = {"inputs": images.astype("bfloat16"), "targets": jnp.zeros(4, jnp.int32)}
-        cast = policy.cast_to_compute(params)
+        batch = {"inputs": images.astype("bfloat16"), "targets": np.zeros(4, np.int32)}
+        cast = jax.eval_shape(policy.cast_to_compute, params)
         assert cast["TransformerBlock_0"]["LayerNorm_0"]["scale"].dtype == jnp.float32
-        jaxpr = jax.make_jaxpr(lambda p: loss_fn(p, batch, KEY, state)[0])(cast)
+        jaxpr = jax.make_jaxpr(lambda p, state: loss_fn(p, batch, KEY, state)[0])(cast, state)
         for eqn in equations(jaxpr.jaxpr):
             if eqn.primitive.name == "dot_general":
                 assert {str(v.aval.dtype) for v in eqn.invars} == {"bfloat16"}
 
     def test_an_override_that_matched_nothing_is_named(self):
         policy = mixed({"**/LayerNrom_*": "float32"})
-        params, state = initial(PostNorm())
+        params, state = shapes(PostNorm())
         loss_fn = linen.loss_from(PostNorm(), F.softmax_cross_entropy, policy=policy)
         with pytest.raises(ValueError, match=r"'\*\*/LayerNrom_\*' matched no parameter and no"):
-            loss_fn(params, BATCH, KEY, state)
+            jax.eval_shape(loss_fn, params, BATCH, KEY, state)
 
 
 @pytest.mark.parametrize("policy", ("float32", "mixed_bfloat16", "mixed_float16"))
 def test_a_model_with_batch_norm_trains(policy):
     model = Net(dropout=0.1)
-    params, state = initial(model)
+    params, state = initial(Net())
     scale = loss_scale.DynamicLossScale() if "float16" in policy else None
     tx = scaling.with_loss_scale(optax.sgd(0.2, 0.9), scale)
     metrics = {"accuracy": F.accuracy}

@@ -16,7 +16,7 @@ from jaxmp.training import step as training
 from jaxmp.training.state import TrainState
 
 ROWS = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
-BATCH = {"inputs": jnp.asarray(ROWS), "targets": jnp.asarray(ROWS[:, :4].sum(1) > 0, jnp.int32)}
+BATCH = {"inputs": jnp.asarray(ROWS), "targets": jnp.asarray(np.int32(ROWS[:, :4].sum(1) > 0))}
 
 
 class Net(nnx.Module):
@@ -53,7 +53,8 @@ def test_loss_is_that_of_the_module_and_state_moves_on():
     loss_fn = jnnx.loss_from(graphdef, F.softmax_cross_entropy, metrics={"accuracy": F.accuracy})
     loss, aux = jax.jit(loss_fn)(params, BATCH, None, state)
     module = Net(nnx.Rngs(0))
-    expected = F.softmax_cross_entropy(module(BATCH["inputs"]), BATCH["targets"])
+    loss_of = lambda module, x, y: F.softmax_cross_entropy(module(x), y)
+    expected = nnx.jit(loss_of)(module, BATCH["inputs"], BATCH["targets"])
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     _, _, expected_state = jnnx.split(module)
     new = aux["model_state"]
@@ -92,8 +93,9 @@ def test_running_statistics_do_not_promote_activations(make, dtype):
     graphdef, params, state = jnnx.split(Net(nnx.Rngs(0)))
     seen = []
     loss_fn = make(graphdef, lambda logits, _: seen.append(logits.dtype) or logits.sum())
-    batch = {**BATCH, "inputs": BATCH["inputs"].astype(dtype)}
-    _, aux = loss_fn(jax.tree.map(lambda x: x.astype(dtype), params), batch, None, state)
+    batch = {**BATCH, "inputs": ROWS.astype(dtype)}
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params)
+    _, aux = jax.eval_shape(loss_fn, params, batch, None, state)
     assert seen == [jnp.dtype(dtype)]
     assert aux["model_state"]["norm"]["mean"].dtype == jnp.float32
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from jaxmp.precision import autocast_rules
 from jaxmp.precision.autocast import autocast, explain_autocast, full_precision
 from jaxmp.precision.policy import get_policy
 
-X = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 8)), jnp.float32)
-W = jnp.asarray(np.random.default_rng(1).uniform(-0.5, 0.5, (8, 8)), jnp.float32)
+X = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (4, 8)).astype(np.float32))
+W = jnp.asarray(np.random.default_rng(1).uniform(-0.5, 0.5, (8, 8)).astype(np.float32))
+# Quicker than operation by operation, and with every rounding that the function asks for.
+compiled = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
 
 
 def equations(fn: Callable, *args: Any) -> list:
@@ -51,6 +54,11 @@ def carried(fn: Callable, *args: Any) -> list[str]:
 
 def loss(fn: Callable) -> Callable:
     return lambda *args: jnp.sum(fn(*args) ** 2)
+
+
+def both(fn: Callable, *args: Any, dtype: str = "bfloat16", of: Callable = lambda f: f) -> tuple:
+    """What a function, or a transformation `of` it, gives under autocast and by itself."""
+    return compiled(lambda *args: tuple(of(f)(*args) for f in (autocast(fn, dtype), fn)))(*args)
 
 
 # The table
@@ -144,9 +152,9 @@ def test_float64_and_explicit_casts_are_respected() -> None:
 def test_random_bits_and_dropout_masks_are_identical() -> None:
     key = jax.random.key(0)
     normal = lambda k, x: jax.random.normal(k, (64,)) + 0 * (x @ W).sum()
-    np.testing.assert_array_equal(autocast(normal)(key, X), normal(key, X))
+    np.testing.assert_array_equal(*both(normal, key, X))
     mask = lambda k, x: jnp.where(jax.random.bernoulli(k, 0.7, x.shape), x @ W, 0.0) == 0
-    np.testing.assert_array_equal(autocast(mask)(key, X), mask(key, X))
+    np.testing.assert_array_equal(*both(mask, key, X))
 
 
 def test_positions_stay_exact() -> None:
@@ -169,21 +177,20 @@ def test_a_fully_masked_row_is_no_nan(dtype: str, fill: float) -> None:
     def added(x: jax.Array, mask: jax.Array) -> jax.Array:
         return jax.nn.softmax(x @ x.T + (1 - mask.astype(jnp.float32)) * fill) @ x
 
-    mask = jnp.ones((4, 4), bool).at[1].set(False)
-    for fn in (selected, added):
-        found = autocast(fn, dtype)(X, mask)
-        np.testing.assert_allclose(found, fn(X, mask), atol=0.02)
+    mask = np.repeat(np.arange(4) != 1, 4).reshape(4, 4)
+    fn = lambda x, mask: (selected(x, mask), added(x, mask))
+    np.testing.assert_allclose(*both(fn, X, mask, dtype=dtype), atol=0.02)
 
 
 def test_float16_small_constants_and_squares_survive() -> None:
     unit = lambda x, w: (x @ w) / (jnp.abs(x @ w) + 1e-8)
-    zeros = jnp.zeros((4, 8))
-    assert jnp.isfinite(autocast(unit, "float16")(zeros, W)).all()
+    zeros = np.zeros((4, 8), np.float32)
+    assert np.isfinite(compiled(autocast(unit, "float16"))(zeros, W)).all()
     squares = lambda x, w: jnp.sqrt(jnp.mean((x @ w) ** 2))
-    big = X * 2e3
-    np.testing.assert_allclose(autocast(squares, "float16")(big, W), squares(big, W), rtol=1e-2)
+    big = np.asarray(X) * np.float32(2e3)
+    np.testing.assert_allclose(*both(squares, big, W, dtype="float16"), rtol=1e-2)
     product = lambda x, w: (lambda y: jnp.sum(y * y))(x @ w)
-    np.testing.assert_allclose(autocast(product, "float16")(big, W), product(big, W), rtol=1e-2)
+    np.testing.assert_allclose(*both(product, big, W, dtype="float16"), rtol=1e-2)
 
 
 # Sums of a 16-bit value and a float32 one
@@ -240,17 +247,15 @@ def test_online_softmax_accumulators_stay_float32() -> None:
         (_, norm, acc), _ = lax.scan(body, init, blocks)
         return (acc / norm) @ W
 
-    blocks = jnp.stack([W, W * 2, -W])
+    blocks = np.stack([W, np.asarray(W) * 2, -np.asarray(W)])
     assert carried(autocast(flash), X, blocks)[1:] == ["float32", "float32"]
-    np.testing.assert_allclose(autocast(flash)(X, blocks), flash(X, blocks), atol=0.02)
+    np.testing.assert_allclose(*both(flash, X, blocks), atol=0.02)
 
 
 def test_branches_of_different_dtypes_agree_also_under_vmap() -> None:
     fn = lambda p, x: lax.cond(p, lambda x: jnp.exp(x @ W), lambda x: x @ W, x)
-    several = jnp.array([True, False])
-    found = jax.vmap(autocast(fn))(several, jnp.stack([X, X]))
-    expected = jax.vmap(fn)(several, jnp.stack([X, X]))
-    np.testing.assert_allclose(found, expected, atol=0.03)
+    several = np.array([True, False])
+    np.testing.assert_allclose(*both(fn, several, np.stack([X, X]), of=jax.vmap), atol=0.03)
 
 
 def test_while_with_an_integer_carry() -> None:
@@ -263,13 +268,13 @@ def test_while_with_an_integer_carry() -> None:
 
 
 def test_gradient_sums_are_float32() -> None:
-    many = jnp.asarray(np.random.default_rng(3).uniform(0.9, 1.1, (4096, 8)), jnp.float32)
+    many = np.random.default_rng(3).uniform(0.9, 1.1, (4096, 8)).astype(np.float32)
     bias = lambda b: jnp.sum((many @ W + b) @ jnp.ones((8, 1)))
-    np.testing.assert_allclose(
-        jax.grad(autocast(bias))(jnp.zeros(8)), np.full(8, 4096.0), rtol=1e-6
-    )
+    found = compiled(jax.grad(autocast(bias)))(np.zeros(8, np.float32))
+    np.testing.assert_allclose(found, np.full(8, 4096.0), rtol=1e-6)
     table = lambda t: jnp.sum(t[jnp.zeros(4096, int)] @ jnp.ones((8, 1)))
-    np.testing.assert_allclose(jax.grad(autocast(table))(W)[0], np.full(8, 4096.0), rtol=1e-6)
+    found = compiled(jax.grad(autocast(table)))(W)
+    np.testing.assert_allclose(found[0], np.full(8, 4096.0), rtol=1e-6)
 
 
 def test_tied_weight_and_loop_weight_sum_cotangents_in_float32() -> None:
@@ -287,13 +292,13 @@ def test_tied_weight_and_loop_weight_sum_cotangents_in_float32() -> None:
         gradient = jax.grad(autocast(fn))
         adds = [e for e in equations(gradient, W) if e.primitive.name == "add_any"]
         assert {v.aval.dtype.name for e in adds for v in e.outvars} <= {"float32"}
-        np.testing.assert_allclose(gradient(W), jax.grad(fn)(W), rtol=4e-3)
+        np.testing.assert_allclose(*both(fn, W, of=jax.grad), rtol=4e-3)
 
 
 def test_max_pool_gradient_compares_equal_dtypes() -> None:
     pool = lambda x: jnp.sum(jnp.max((x @ W).reshape(4, 4, 2), -1) @ W[:4])
-    found, expected = jax.grad(autocast(pool))(X), jax.grad(pool)(X)
-    assert jnp.linalg.norm(found - expected) < 0.02 * jnp.linalg.norm(expected)
+    found, expected = both(pool, X, of=jax.grad)
+    assert np.linalg.norm(found - expected) < 0.02 * np.linalg.norm(expected)
 
 
 def test_training_step_keeps_its_master_weights() -> None:
@@ -304,10 +309,9 @@ def test_training_step_keeps_its_master_weights() -> None:
     def steps(w: jax.Array, xs: jax.Array) -> jax.Array:
         return lax.scan(step, w, xs)[0]
 
-    for fn, batch in ((step, X), (steps, jnp.stack([X, X, X]))):
-        found = jax.tree.leaves(autocast(fn)(W, batch))[0]
-        expected = jax.tree.leaves(fn(W, batch))[0]
-        assert float(jnp.max(jnp.abs(found - expected))) < 1e-5
+    for fn, batch in ((step, X), (steps, np.stack([X, X, X]))):
+        found, expected = (jax.tree.leaves(new)[0] for new in both(fn, W, batch))
+        assert float(np.max(np.abs(found - expected))) < 1e-5
         assert set(dtypes_of("dot_general", autocast(fn), W, batch)) == {"bfloat16"}
 
 
@@ -315,13 +319,12 @@ def test_training_step_keeps_its_master_weights() -> None:
 
 
 def test_custom_jvp_is_consistent_in_both_orders() -> None:
-    f = lambda x: jax.nn.relu(x @ W) @ W
-    forward = jax.jvp(autocast(f), (X,), (X,))[1]
-    reverse = jax.linear_transpose(lambda t: jax.jvp(autocast(f), (X,), (t,))[1], X)(forward)[0]
-    gradient = jax.vjp(autocast(f), X)[1](forward)[0]
-    np.testing.assert_allclose(reverse, gradient, atol=0.05)
+    f = autocast(lambda x: jax.nn.relu(x @ W) @ W)
+    forward = lambda t: jax.jvp(f, (X,), (t,))[1]
+    reverse = lambda g: (jax.linear_transpose(forward, X)(g)[0], jax.vjp(f, X)[1](g)[0])
+    np.testing.assert_allclose(*compiled(lambda t: reverse(forward(t)))(X), atol=0.05)
     zero = jax.grad(lambda x: jax.nn.relu(x).sum())
-    np.testing.assert_array_equal(autocast(zero)(jnp.zeros(3)), np.zeros(3))
+    np.testing.assert_array_equal(autocast(zero)(np.zeros(3, np.float32)), np.zeros(3))
 
 
 def test_remat_policy_and_names_are_kept() -> None:
@@ -389,9 +392,7 @@ def test_source_lines_and_module_paths_survive() -> None:
 
 def test_composes() -> None:
     f = lambda x: jnp.sum(jnp.tanh(x @ W) @ W)
-    small = X[:1]
-    hessian = jax.hessian(autocast(f))(small)
-    np.testing.assert_allclose(hessian, jax.hessian(f)(small), atol=0.05)
+    np.testing.assert_allclose(*both(f, X[:1], of=jax.hessian), atol=0.05)
     np.testing.assert_array_equal(autocast(jax.jit(f))(X), jax.jit(autocast(f))(X))
     closed = jax.grad(lambda s: autocast(lambda x: jnp.sum(s * (x @ W)))(X))(2.0)
     np.testing.assert_allclose(closed, jnp.sum(X @ W), atol=0.1)
@@ -469,16 +470,15 @@ def test_a_product_without_a_preferred_type_has_the_gradient_of_one_with_it():
         product = lax.dot_general(X, w, (((1,), (0,)), ((), ())), preferred_element_type=preferred)
         return jnp.sum(jax.nn.log_softmax(product)[:, 0])
 
-    without, with_it = (
-        jax.grad(autocast(lambda w, p=p: fn(w, p), "float16"))(W) for p in (None, jnp.float32)
-    )
+    mixed = lambda preferred: jax.grad(autocast(lambda w: fn(w, preferred), "float16"))
+    without, with_it = (compiled(mixed(preferred))(W) for preferred in (None, jnp.float32))
     np.testing.assert_array_equal(without, with_it)
-    exact = jax.grad(lambda w: fn(w, None))(W)
-    np.testing.assert_allclose(without, exact, atol=4 * 2.0**-11 * float(jnp.max(jnp.abs(exact))))
+    exact = compiled(jax.grad(lambda w: fn(w, None)))(W)
+    np.testing.assert_allclose(without, exact, atol=4 * 2.0**-11 * float(np.max(np.abs(exact))))
 
 
 def test_a_custom_vjp_that_captured_a_value_in_a_loop_under_vmap() -> None:
-    weight = jnp.eye(4) + 0.1
+    weight = jnp.asarray(np.eye(4, dtype=np.float32) + np.float32(0.1))
 
     @jax.custom_vjp
     def rule(x):
@@ -493,7 +493,7 @@ def test_a_custom_vjp_that_captured_a_value_in_a_loop_under_vmap() -> None:
         scaled = lambda s: lax.fori_loop(0, 2, lambda _, c: 0.5 * rule(c), s * x)
         return jax.vmap(scaled)(jnp.array([0.5, 1.0])).sum()
 
-    x = jnp.linspace(-1.0, 1.0, 16).reshape(4, 4)
-    exact = jax.grad(fn)(x)
+    x = np.linspace(-1.0, 1.0, 16, dtype=np.float32).reshape(4, 4)
+    exact = compiled(jax.grad(fn))(x)
     for mixed in (jax.grad(autocast(fn)), autocast(jax.grad(fn))):
-        np.testing.assert_allclose(mixed(x), exact, atol=0.01)
+        np.testing.assert_allclose(compiled(mixed)(x), exact, atol=0.01)

@@ -40,6 +40,8 @@ CNN = dataclasses.replace(
     optimizer=OptimizerConfig(name="sgd", learning_rate=0.1, clip=0.0),
     accumulate=2,
 )
+pytestmark = pytest.mark.usefixtures("built_once")
+
 CONFIGS = {"mlp with dropout and average": TINY, "cnn with BatchNorm, accumulated": CNN}
 
 

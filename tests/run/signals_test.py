@@ -13,14 +13,14 @@ import pytest
 from jaxmp.run import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 1000
+STEPS, EVERY = 500, 125
 
 
 def command(workdir):
     script, config = ROOT / "scripts" / "train.py", ROOT / "configs" / "digits_mlp_float16.py"
     settings = {
         "steps": STEPS, "batch_size": 64, "workdir": workdir, "model.width": 32,
-        "checkpoint.every": 250, "eval.every": 400, "log.report": False,
+        "checkpoint.every": EVERY, "eval.every": 200, "log.report": False,
     }  # fmt: skip
     pairs = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     return [sys.executable, str(script), str(config), *pairs]
@@ -71,36 +71,37 @@ def reference(tmp_path_factory):
     return workdir, cache
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_same_command_goes_on(reference, tmp_path, name):
-    undisturbed, cache = reference
-    code, said = stopped_by(signal.Signals[name], tmp_path / "run", cache, after=30)
-    assert code == 75, said
-    assert f"stopped by {name} and saved at step" in said and "Traceback" not in said
-    stopped_at = records(tmp_path / "run")[-1]["step"]
-    assert 30 <= stopped_at < STEPS
-    assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
-    assert f"resuming behind step {stopped_at}" in finished(tmp_path / "run", cache)
+def assert_same(workdir, undisturbed):
     for file in ("metrics.jsonl", "eval.jsonl"):
-        assert records(tmp_path / "run", file) == records(undisturbed, file)
+        assert records(workdir, file) == records(undisturbed, file)
 
 
 @pytest.mark.slow
-def test_killed_without_notice_it_goes_on_as_well(reference, tmp_path):
+def test_a_signal_saves_and_the_same_command_goes_on(reference, tmp_path):
     undisturbed, cache = reference
-    for after in (20, 300):
+    stopped_at = 0
+    for name in ("SIGTERM", "SIGINT"):
+        asked_at = stopped_at + 30
+        code, said = stopped_by(signal.Signals[name], tmp_path / "run", cache, asked_at)
+        assert code == 75, said
+        assert f"stopped by {name} and saved at step" in said and "Traceback" not in said
+        assert not stopped_at or f"resuming behind step {stopped_at}" in said
+        stopped_at = records(tmp_path / "run")[-1]["step"]
+        assert asked_at <= stopped_at < STEPS
+        assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
+    assert f"resuming behind step {stopped_at}" in finished(tmp_path / "run", cache)
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_without_notice_it_goes_on_as_well_and_compiles_what_the_cache_lost(
+    reference, tmp_path
+):
+    undisturbed, cache = reference
+    for after in (20, EVERY + 20):  # before the first checkpoint and behind it
         code, said = stopped_by(signal.SIGKILL, tmp_path / "run", cache, after)
         assert code == -signal.SIGKILL, said
-    finished(tmp_path / "run", cache)
-    for file in ("metrics.jsonl", "eval.jsonl"):
-        assert records(tmp_path / "run", file) == records(undisturbed, file)
-
-
-@pytest.mark.slow
-def test_a_truncated_cache_entry_costs_a_compilation_and_no_more(reference, tmp_path):
-    undisturbed, cache = reference
     for entry in [path for path in cache.rglob("*-cache") if path.is_file()]:
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     finished(tmp_path / "run", cache)
-    assert records(tmp_path / "run") == records(undisturbed)
+    assert_same(tmp_path / "run", undisturbed)

@@ -15,7 +15,7 @@ from jaxmp.nn.models import LLAMA_1B, LLAMA_7B, Llama, LlamaConfig
 SMALL = LlamaConfig(
     vocab_size=17, context=12, width=24, depth=2, heads=6, kv_heads=2, mlp_width=40, remat="none"
 )
-TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 10)))
+TOKENS = np.random.default_rng(1).integers(0, 17, (2, 10)).astype(np.int32)
 
 
 def rms_norm(p, x):
@@ -70,11 +70,11 @@ def products(jaxpr):
     return count
 
 
-def test_logits_are_those_of_float64_layer_by_layer(reference, perturbed):
+def test_logits_are_those_of_float64_layer_by_layer(reference, perturbed, apply):
     params, _ = perturbed(Llama(SMALL), TOKENS)
-    logits = jax.jit(Llama(SMALL).apply)({"params": params}, TOKENS)
+    logits = apply(Llama(SMALL), {"params": params}, TOKENS)
     wide = reference.float64(params)
-    expected = np.stack([forward(wide, np.asarray(row), SMALL) for row in TOKENS])
+    expected = np.stack([forward(wide, row, SMALL) for row in TOKENS])
     np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -85,7 +85,7 @@ def test_16_bit_logits_are_close(perturbed, agrees_in_16_bits):
 
 def test_what_the_backward_pass_computes_again_changes_no_gradient(perturbed):
     params, _ = perturbed(Llama(SMALL), TOKENS)
-    batch = {"inputs": TOKENS, "targets": jnp.roll(TOKENS, -1, 1)}
+    batch = {"inputs": TOKENS, "targets": np.roll(TOKENS, -1, 1)}
 
     def gradients(remat):
         model = Llama(dataclasses.replace(SMALL, remat=remat))
@@ -104,7 +104,7 @@ def test_what_the_backward_pass_computes_again_changes_no_gradient(perturbed):
         np.testing.assert_allclose(one, other, rtol=0, atol=eight_units)
 
 
-def test_each_layers_parameters_are_made_whole_in_the_loop(perturbed):
+def test_each_layers_parameters_are_made_whole_in_the_loop(perturbed, apply):
     params, _ = perturbed(Llama(SMALL), TOKENS)
     # They lie in another form than the model's: halved, and in one dimension.
     stored = jax.tree.map(lambda leaf: leaf.reshape(SMALL.depth, -1) / 2, params["layers"])
@@ -119,13 +119,14 @@ def test_each_layers_parameters_are_made_whole_in_the_loop(perturbed):
 
     model = Llama(SMALL, whole)
     logits = jax.jit(model.apply)({"params": {**params, "layers": stored}}, TOKENS)
-    np.testing.assert_array_equal(logits, jax.jit(Llama(SMALL).apply)({"params": params}, TOKENS))
+    np.testing.assert_array_equal(logits, apply(Llama(SMALL), {"params": params}, TOKENS))
 
 
 def test_rotated_products_depend_on_the_distance_alone():
     rng = np.random.default_rng(0)
-    x, y = (jnp.asarray(np.tile(rng.normal(size=16), (1, 9, 1, 1)), jnp.float32) for _ in range(2))
-    products = np.einsum("bsnh,btnh->st", F.rotary(x), F.rotary(y))
+    x, y = (np.tile(rng.normal(size=16).astype(np.float32), (1, 9, 1, 1)) for _ in range(2))
+    rotary = jax.jit(F.rotary)
+    products = np.einsum("bsnh,btnh->st", rotary(x), rotary(y))
     for offset in range(-8, 9):
         np.testing.assert_allclose(np.ptp(np.diagonal(products, offset)), 0, atol=1e-5)
     far = F.rotary(jnp.ones((1, 4097, 1, 16), jnp.bfloat16))[0, 4096, 0]

@@ -2,20 +2,17 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.nn import linen
 from jaxmp.nn.models import MLP, MLPConfig, mlp
 
 SMALL = MLPConfig(num_classes=5, width=32, depth=2)
-IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(3, 8, 8)), jnp.float32)
+IMAGES = np.random.default_rng(1).normal(size=(3, 8, 8)).astype(np.float32)
 
 
 @pytest.mark.parametrize("activation", mlp.ACTIVATIONS)
-def test_logits_are_those_of_float64(reference, perturbed, activation):
+def test_logits_are_those_of_float64(reference, perturbed, apply, activation):
     model = MLP(dataclasses.replace(SMALL, activation=activation))
     params, model_state = perturbed(model, IMAGES)
     assert model_state == {}
@@ -24,9 +21,8 @@ def test_logits_are_those_of_float64(reference, perturbed, activation):
     for layer in range(2):
         x = act(reference.dense(p[f"Dense_{layer}"], x))
     expected = reference.dense(p["head"], x)
-    np.testing.assert_allclose(
-        model.apply({"params": params}, IMAGES), expected, atol=2e-5, rtol=2e-5
-    )
+    logits = apply(model, {"params": params}, IMAGES)
+    np.testing.assert_allclose(logits, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float16"))
@@ -35,9 +31,10 @@ def test_16_bit_logits_are_close(perturbed, agrees_in_16_bits, dtype):
     agrees_in_16_bits(MLP(SMALL), params, state, IMAGES, dtype, ulps=2)
 
 
-def test_flat_inputs_are_the_same_as_images():
-    params, _ = linen.init(MLP(SMALL), jax.random.key(0), IMAGES)
-    image, flat = (MLP(SMALL).apply({"params": params}, x) for x in (IMAGES, IMAGES.reshape(3, 64)))
+def test_flat_inputs_are_the_same_as_images(perturbed, apply):
+    params, _ = perturbed(MLP(SMALL), IMAGES)
+    inputs = IMAGES, IMAGES.reshape(3, 64)
+    image, flat = (apply(MLP(SMALL), {"params": params}, x) for x in inputs)
     np.testing.assert_array_equal(image, flat)
 
 

@@ -1,6 +1,7 @@
 """The residual network and its BatchNorm against plain NumPy in float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jaxmp.nn.models import ResNet, ResNetConfig
 
 BASIC = ResNetConfig(num_classes=5, stages=(1, 2), width=8)
 BOTTLENECK = dataclasses.replace(BASIC, block="bottleneck")
-IMAGES = jnp.asarray(np.random.default_rng(1).normal(size=(4, 9, 8, 3)), jnp.float32)
+IMAGES = np.random.default_rng(1).normal(size=(4, 9, 8, 3)).astype(np.float32)
 
 
 def forward(ref, config, params, stats, images, train):
@@ -44,10 +45,14 @@ def forward(ref, config, params, stats, images, train):
     return ref.dense(p["head"], x.mean((1, 2))), new
 
 
+@functools.cache
+def compiled(model, train):
+    return jax.jit(lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"]))
+
+
 def run(model, variables, images, train=False):
     """Gives the logits and the new variables; compiled, since op by op a ResNet takes seconds."""
-    apply = lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"])
-    return jax.jit(apply)(variables, images)
+    return compiled(model, train)(variables, images)
 
 
 @pytest.mark.parametrize("config", (BASIC, BOTTLENECK), ids=("basic", "bottleneck"))
@@ -76,7 +81,8 @@ def test_16_bit_logits_are_close(perturbed, agrees_in_16_bits, dtype):
 def test_running_statistics_stay_float32(perturbed, dtype):
     params, state = perturbed(ResNet(BASIC), IMAGES)
     half = jax.tree.map(lambda x: x.astype(dtype), params)
-    _, new = run(ResNet(BASIC), {"params": half, **state}, IMAGES.astype(dtype), train=True)
+    images = IMAGES.astype(dtype)
+    _, new = jax.eval_shape(compiled(ResNet(BASIC), True), {"params": half, **state}, images)
     assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype("float32")}
     assert jax.tree.structure(dict(new)) == jax.tree.structure(state)
 
@@ -95,17 +101,26 @@ def test_statistics_of_channels_far_from_zero():
     np.testing.assert_allclose(y, expected, atol=1e-3)
 
 
-def test_blocks_start_as_the_identity():
-    params, state = linen.init(ResNet(ResNetConfig(stages=(2,))), jax.random.key(0), IMAGES)
-    shallow, _ = linen.init(ResNet(ResNetConfig(stages=(1,))), jax.random.key(0), IMAGES)
-    shallow["head"] = params["head"]
-    shallow["stem"] = params["stem"]
-    deep, _ = run(ResNet(ResNetConfig(stages=(2,))), {"params": params, **state}, IMAGES)
-    stats = {k: v for k, v in state["batch_stats"].items() if k != "ResidualBlock_1"}
-    once, _ = run(
-        ResNet(ResNetConfig(stages=(1,))), {"params": shallow, "batch_stats": stats}, IMAGES
-    )
-    np.testing.assert_allclose(deep, once, rtol=1e-6)
+def test_blocks_start_as_the_identity(perturbed, initial):
+    """With norms as they start and any kernels: the first block's differ between the two models."""
+    norms = lambda params: {
+        name: {part: p for part, p in block.items() if part.startswith("BatchNorm")}
+        for name, block in params.items()
+        if name.startswith("ResidualBlock")
+    }
+    logits = []
+    for blocks in (1, 2):
+        model = ResNet(ResNetConfig(stages=(blocks,)))
+        params, state = perturbed(model, IMAGES)
+        started = initial(model, IMAGES, norms)
+        assert len(started) == blocks and all(started.values())
+        for name, norm in started.items():
+            params[name] |= norm
+        params["ResidualBlock_0"]["Conv_0"]["kernel"] *= blocks
+        if blocks == 1:
+            ends = {name: params[name] for name in ("stem", "stem_norm", "head")}
+        logits.append(run(model, {"params": params | ends, **state}, IMAGES)[0])
+    np.testing.assert_allclose(logits[1], logits[0], rtol=1e-6)
 
 
 def test_resnet50_has_its_published_size():
@@ -115,11 +130,11 @@ def test_resnet50_has_its_published_size():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 25_557_032
 
 
-def test_the_imagenet_stem_quarters_the_image():
+def test_the_imagenet_stem_quarters_the_image(perturbed):
     model = ResNet(dataclasses.replace(BASIC, stem="imagenet"))
-    params, state = linen.init(model, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    params, state = perturbed(model, np.zeros((1, 32, 32, 3), np.float32))
     assert params["stem"]["kernel"].shape == (7, 7, 3, 8)
-    logits, _ = run(model, {"params": params, **state}, jnp.ones((2, 32, 32, 3)))
+    logits, _ = run(model, {"params": params, **state}, np.ones((2, 32, 32, 3), np.float32))
     assert logits.shape == (2, 5)
 
 
