@@ -337,8 +337,9 @@ def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:
     def made_by(atom: Any, names: frozenset[str], times: int) -> int | None:
         """The place of the operation of such a name that gives a value used so often."""
         index = None if programs.is_literal(atom) or uses[atom] != times else maker.get(atom)
-        named = index is not None and jaxpr.eqns[index].primitive.name in names
-        return index if named and steps[index].run != Form.LOW else None
+        if index is None or jaxpr.eqns[index].primitive.name not in names:
+            return None
+        return None if steps[index].run == Form.LOW else index
 
     found = {}
     for place, (eqn, step) in enumerate(zip(jaxpr.eqns, steps)):
@@ -352,9 +353,8 @@ def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:
             index = made_by(below, rules.REPEATS, 1)
         total = made_by(below, frozenset({"reduce_sum"}), 1)
         exponential = made_by(above, rules.EXPONENTIALS, 2)
-        if total is not None and exponential is not None:
-            if jaxpr.eqns[total].invars[0] is above:
-                found[place] = [exponential, total, *parts]
+        if total is not None and exponential is not None and jaxpr.eqns[total].invars[0] is above:
+            found[place] = [exponential, total, *parts]
     return found
 
 
