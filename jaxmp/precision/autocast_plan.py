@@ -115,6 +115,8 @@ class Planner:
         outputs = [self._form(v, forms) for v in jaxpr.outvars]
         # In float16 small probabilities would lose their digits to the backward pass as well.
         softmaxes = {} if self.settings.narrow else _softmaxes(jaxpr, steps)
+        alone = {i for i, s in enumerate(steps) if self.demands.override(s.scope) == jnp.float32}
+        softmaxes = {i: inner for i, inner in softmaxes.items() if alone.isdisjoint([i, *inner])}
         return Plan(program, inputs, steps, outputs, softmaxes)
 
     # Forwards: forms

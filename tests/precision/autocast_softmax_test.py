@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.precision.autocast import autocast
+from jaxmp.precision.autocast import autocast, full_precision
 
 RNG = np.random.default_rng(0)
 X, V, G = (RNG.normal(size=shape).astype(np.float32) for shape in ((12, 12), (12, 5), (12, 5)))
@@ -77,6 +77,18 @@ def test_the_backward_pass_keeps_the_16_bit_result_alone(name):
 
 def test_in_float16_it_keeps_float32_as_well():
     assert "float32" in kept(SOFTMAXES["rows"][0], "float16")
+
+
+def test_in_a_region_left_alone_it_keeps_float32():
+    alone = lambda x, v: full_precision(jax.nn.softmax)(x) @ v
+    assert kept(alone, "bfloat16") == ["float32"]
+    above = full_precision(lambda x: jnp.exp(x - jnp.max(x, -1, keepdims=True)))
+
+    def in_part(x, v):
+        terms = above(x)
+        return (terms / jnp.sum(terms, -1, keepdims=True)) @ v
+
+    assert "float32" in kept(in_part, "bfloat16")
 
 
 def test_what_the_caller_gets_is_no_16_bit_softmax():
