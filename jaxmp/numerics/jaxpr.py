@@ -194,7 +194,7 @@ def scan_counts(params: dict) -> tuple[int, int]:
 
 def holds_programs(eqn: Any) -> bool:
     """True if an operation holds a program anywhere in its parameters."""
-    return bool(core.jaxprs_in_params(eqn.params))
+    return any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
 def bind(eqn: Any, args: Sequence, **changes: Any) -> list:

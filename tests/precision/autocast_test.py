@@ -299,3 +299,51 @@ def test_results_keep_their_dtypes_and_values(name: str) -> None:
     assert relative(found, expected) < 0.02
     for other in others:
         assert relative(other, gradients[0]) < 0.03
+
+
+# Operations that the table does not know
+
+
+def unknown(name: str, **params: Any) -> Callable:
+    """A function that traces one operation of this name, as somebody's kernel is called."""
+    kernel = core.Primitive(name)
+    kernel.def_abstract_eval(lambda x, **_: x)
+    return lambda x: kernel.bind(x, **params)
+
+
+def test_an_unknown_operation_runs_in_its_own_dtypes() -> None:
+    kernel = unknown("somebodys_kernel", block=128, shape=(8, 8))
+
+    def fn(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = x @ w
+        return (kernel(y) + kernel(y.astype(jnp.bfloat16))) @ w
+
+    jaxpr = jax.make_jaxpr(autocast(fn))(X, W).jaxpr
+    calls = [e for e in jaxpr.eqns if e.primitive.name == "somebodys_kernel"]
+    assert [e.invars[0].aval.dtype.name for e in calls] == ["float32", "bfloat16"]
+    assert [e.params["block"] for e in calls] == [128, 128]
+    assert products(autocast(fn), X, W) == [("bfloat16", "bfloat16")] * 2
+
+
+def test_an_unknown_operation_that_holds_a_program_is_refused_by_name() -> None:
+    inner = jax.make_jaxpr(lambda x: x @ x)(W)
+    for held in (inner, (inner, inner), inner.jaxpr):
+        kernel = unknown("somebodys_loop", body=held)
+        with pytest.raises(NotImplementedError, match="'somebodys_loop'.*holds a program"):
+            jax.make_jaxpr(autocast(kernel))(W)
+
+
+def test_fused_attention_of_cudnn_takes_the_users_cast() -> None:
+    def fn(x: jax.Array, w: jax.Array) -> jax.Array:
+        y = (x @ w).astype(jnp.bfloat16)
+        return jax.nn.dot_product_attention(y, y, y, implementation="cudnn").astype(jnp.float32)
+
+    x, w = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.float32), jnp.eye(64)
+    try:
+        jax.make_jaxpr(fn)(x, w)
+    except RuntimeError as error:
+        pytest.skip(f"JAX traces this attention where cuDNN is installed alone: {error}")
+    gradient = jax.grad(lambda x, w: autocast(fn)(x, w).sum(), argnums=1)
+    assert set(products(gradient, x, w)) == {("bfloat16", "bfloat16")}
+    calls = str(jax.make_jaxpr(gradient)(x, w))
+    assert "dot_product_attention_fwd" in calls and "dot_product_attention_bwd" in calls
