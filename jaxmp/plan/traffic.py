@@ -9,7 +9,7 @@ and the most expensive branch of its conditionals. Instructions inside a fusion 
 count nothing. Corrections, all to what a kernel really touches:
 
 - parameters, tuples, bitcasts and constants are no kernels;
-- a slice, a dynamic slice or a gather reads what it returns, also inside a fusion;
+- a slice, a dynamic slice or a gather reads what it returns, also inside a fusion or one within it;
 - a dynamic update or a scatter works in place: it touches the part that changes;
 - an asynchronous copy reads where it starts and writes where it is done;
 - scratch space of a library call counts nothing, nor do buffers in on-chip memory (TPU).
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from jaxmp.plan import hlo
 
-_FREE_CALLS = frozenset(["ConcatBitcast", "AssumeGatherIndicesInBound"])
+_FREE_CALLS = frozenset(["AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"])
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id "
     "add-dependency domain token".split()
@@ -79,8 +79,7 @@ def _instruction_bytes(module, computation, instruction, on_chip, known) -> floa
         return 0
     operands = computation.operand_shapes(instruction)
     if opcode == "fusion":
-        body = module.computations[calls["calls"][0]]
-        return _fusion_bytes(body, operands, instruction.shapes, on_chip)
+        return _fusion_bytes(module, instruction, operands, on_chip)
     return _plain_bytes(instruction, operands, on_chip)
 
 
@@ -118,7 +117,7 @@ def _through(body: hlo.Computation, name: str) -> list[tuple[hlo.Instruction, st
     return found
 
 
-def _read_bytes(body: hlo.Computation, value: hlo.Instruction) -> int:
+def _read_bytes(module: hlo.Module, body: hlo.Computation, value: hlo.Instruction) -> int:
     """Returns the bytes of a value inside a fusion that are needed for what follows."""
     whole = sum(a.bytes for a in value.shapes)
     readers = _through(body, value.name)
@@ -126,17 +125,24 @@ def _read_bytes(body: hlo.Computation, value: hlo.Instruction) -> int:
     for reader, name in readers:
         position = reader.operands.index(name)
         if reader.opcode in _SLICING and position == 0:
-            total += _read_bytes(body, reader)
+            total += _read_bytes(module, body, reader)
+        elif reader.opcode == "fusion":
+            inner = _fused(module, reader)
+            parameter = inner.parameters[position]
+            total += _read_bytes(module, inner, parameter) if parameter.name in inner.users else 0
         elif not (reader.opcode in _IN_PLACE and position == 0):
             return whole
     return min(total, whole)
 
 
-def _written_bytes(body: hlo.Computation, root: hlo.Instruction) -> int:
+def _written_bytes(module: hlo.Module, body: hlo.Computation, root: hlo.Instruction) -> int:
     """Returns the bytes that a fusion's root writes (and reads, where it adds to what is there)."""
     while root.opcode in _TRANSPARENT and root.operands[0] in body.by_name:
         root = body.by_name[root.operands[0]]
     operands = body.operand_shapes(root)
+    if root.opcode == "fusion" and len(root.shapes) == 1:
+        inner = _fused(module, root)
+        return _written_bytes(module, inner, inner.root)
     if root.opcode == "dynamic-update-slice":
         return sum(a.bytes for a in operands[1])
     if root.opcode == "scatter":
@@ -144,13 +150,18 @@ def _written_bytes(body: hlo.Computation, root: hlo.Instruction) -> int:
     return sum(a.bytes for a in root.shapes)
 
 
-def _fusion_bytes(body, operands, results, on_chip) -> int:
-    total = 0
+def _fused(module: hlo.Module, fusion: hlo.Instruction) -> hlo.Computation:
+    """Returns what a fusion computes; on a TPU fusions lie within fusions."""
+    return module.computations[fusion.calls["calls"][0]]
+
+
+def _fusion_bytes(module, fusion, operands, on_chip) -> int:
+    body, total = _fused(module, fusion), 0
     for parameter, shapes in zip(body.parameters, operands):
         used = parameter.name in body.users
-        total += _read_bytes(body, parameter) if used and _size(shapes, on_chip) else 0
+        total += _read_bytes(module, body, parameter) if used and _size(shapes, on_chip) else 0
     root = body.root
     roots = [body.by_name[o] for o in root.operands] if root.opcode == "tuple" else [root]
-    for part, shape in zip(roots, results):
-        total += _written_bytes(body, part) if _size((shape,), on_chip) else 0
+    for part, shape in zip(roots, fusion.shapes):
+        total += _written_bytes(module, body, part) if _size((shape,), on_chip) else 0
     return total

@@ -69,6 +69,40 @@ def test_a_slice_of_a_slice_reads_the_inner_one():
     assert moved(text.replace("f32[10]{0} fusion", "f32[5]{0} fusion")) == 20 + 4 + 20
 
 
+NESTED = """%slicing (q: f32[1000], k: s32[]) -> f32[10] {
+  %q = f32[1000]{0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %s = f32[10]{0} dynamic-slice(%q, %k), dynamic_slice_sizes={10}
+}
+
+%updating (r: f32[1000], u: f32[10], l: s32[]) -> f32[1000] {
+  %r = f32[1000]{0} parameter(0)
+  %u = f32[10]{0} parameter(1)
+  %l = s32[] parameter(2)
+  ROOT %d = f32[1000]{0} dynamic-update-slice(%r, %u, %l)
+}
+
+%fused (p: f32[1000], o: f32[1000], i: s32[]) -> f32[1000] {
+  %p = f32[1000]{0} parameter(0)
+  %o = f32[1000]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %t = f32[10]{0} fusion(%p, %i), kind=kLoop, calls=%slicing
+  ROOT %n = f32[1000]{0} fusion(%o, %t, %i), kind=kLoop, calls=%updating
+}
+
+ENTRY %main (a: f32[1000], b: f32[1000], j: s32[]) -> f32[1000] {
+  %a = f32[1000]{0} parameter(0)
+  %b = f32[1000]{0} parameter(1)
+  %j = s32[] parameter(2)
+  ROOT %f = f32[1000]{0} fusion(%a, %b, %j), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_fusion_within_a_fusion_touches_what_its_slices_and_updates_do():
+    assert moved(NESTED) == 40 + 4 + 40
+
+
 UPDATE = """%fused (p: f32[1000], u: f32[10], i: s32[]) -> f32[1000] {
   %p = f32[1000]{0} parameter(0)
   %u = f32[10]{0} parameter(1)
@@ -117,6 +151,14 @@ def test_scratch_space_of_a_library_call_counts_nothing():
 }
 """
     assert moved(text) == 2 * (32 + 16 + 8)
+
+
+def test_a_buffer_that_is_only_allocated_counts_nothing():
+    text = """ENTRY %main () -> f32[100] {
+  ROOT %b = f32[100]{0} custom-call(), custom_call_target="AllocateBuffer"
+}
+"""
+    assert moved(text) == 0
 
 
 PREFETCH = """ENTRY %main (x: f32[100]) -> f32[100] {
