@@ -54,10 +54,9 @@ class Step:
     call: programs.Call | None = None
     operands: list[Form | None] = dataclasses.field(default_factory=list)
     plans: list[Plan] = dataclasses.field(default_factory=list)
-    elementwise: bool = False
-    """Arithmetic, element by element."""
-    heads: bool = False
-    """No product uses the results: a loss does, or the caller."""
+    kind: Kind = Kind.ORIGINAL
+    rounds: list[bool] = dataclasses.field(default_factory=list)
+    """Whether each operand, if it adapts, ends up in 16 bits, here or behind data movement."""
 
 
 @dataclasses.dataclass
@@ -68,6 +67,8 @@ class Plan:
     inputs: list[Form | None]
     steps: list[Step]
     outputs: list[Form | None]
+    rounds: list[bool]
+    """Whether each input, if it adapts, ends up in 16 bits."""
     softmaxes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """Places of divisions that make a softmax for a product, with those of the operations before them."""
     cache: dict = dataclasses.field(default_factory=dict)
@@ -79,8 +80,6 @@ class Planner:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.demands = Demands(settings)
-        info = jnp.finfo(settings.dtype)
-        self._largest, self._smallest = float(info.max), float(info.tiny)
         self._plans: dict[tuple, Plan] = {}
 
     def plan(
@@ -117,7 +116,10 @@ class Planner:
         softmaxes = {} if self.settings.narrow else _softmaxes(jaxpr, steps)
         alone = {i for i, s in enumerate(steps) if self.demands.override(s.scope) == jnp.float32}
         softmaxes = {i: inner for i, inner in softmaxes.items() if alone.isdisjoint([i, *inner])}
-        return Plan(program, inputs, steps, outputs, softmaxes)
+        rounded = _mark_rounded(jaxpr, steps)
+        return Plan(
+            program, inputs, steps, outputs, [v in rounded for v in jaxpr.invars], softmaxes
+        )
 
     # Forwards: forms
 
@@ -126,8 +128,7 @@ class Planner:
             return None
         if not programs.is_literal(atom):
             return forms[atom]
-        keeps = rules.survives(atom.val, self.settings.dtype, self._largest, self._smallest)
-        return Form.OPEN if keeps else Form.FULL
+        return Form.OPEN if rules.survives(atom.val, self.settings.dtype) else Form.FULL
 
     def _step(self, eqn: Any, forms: dict, used: dict[Any, Demand], prefix: str) -> Step:
         scope = self.demands.scope(eqn, prefix)
@@ -160,8 +161,7 @@ class Planner:
             reason = why or reason
         results = _fit([form] * len(eqn.outvars), eqn)
         step = Step(run, results, reason, scope, operands=operands)
-        step.elementwise = kind is Kind.WIDEST
-        step.heads = not demand & PRODUCT
+        step.kind = kind
         return step
 
     def _widest(
@@ -307,8 +307,11 @@ def _is_awaited(eqn: Any, operands: list[Form | None], demand: Demand) -> bool:
     """Whether 16-bit arithmetic that no product eats is done in float32: squares, masks, losses.
 
     A product's bias is always added in 16 bits. Added in float32, the sum for its gradient would
-    read a float32 cotangent that is written for it alone.
+    read a float32 cotangent that is written for it alone. And picking elements, as a mask does,
+    rounds none: in float32 it would only write them wider.
     """
+    if eqn.primitive.name == "select_n" and not demand & (Demand.OUTPUT | Demand.MAGNIFIED):
+        return False
     if eqn.primitive.name == "add":
         for atom, form in zip(eqn.invars, operands):
             if form is Form.OPEN and not programs.is_literal(atom) and _is_bias(atom):
@@ -325,6 +328,21 @@ def _skips(eqn: Any, operands: list[Form | None], used: dict[Any, Demand]) -> bo
     narrow = [v for v, form in pairs if form == Form.LOW and not programs.is_literal(v)]
     awaited = any(used.get(v, NONE) & Demand.FLOAT32 for v in narrow)
     return eqn.primitive.name == "add" and bool(narrow) and not awaited
+
+
+def _mark_rounded(jaxpr: Any, steps: list[Step]) -> set:
+    """Marks which operands end up in 16 bits if they adapt; gives the variables that do."""
+    rounded: set = set()
+    for eqn, step in zip(reversed(jaxpr.eqns), reversed(steps)):
+        passed_on = step.kind in (Kind.MOVES, Kind.EACH) and not rounded.isdisjoint(eqn.outvars)
+        low = passed_on or step.run == Form.LOW
+        step.rounds = [f is not None and (low or f == Form.LOW) for f in step.operands]
+        if step.call is not None:
+            for body, plan in zip(step.call.bodies, step.plans):
+                for place, rounds in zip(body.operands, plan.rounds):
+                    step.rounds[place] |= rounds
+        rounded |= {v for v, r in zip(eqn.invars, step.rounds) if r and not programs.is_literal(v)}
+    return rounded
 
 
 def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:

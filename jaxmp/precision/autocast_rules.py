@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -184,10 +185,23 @@ def read_rules(rules: dict[str, str] | None) -> dict[str, Rule]:
     return {**TABLE, **changed}
 
 
-def survives(value: object, dtype: np.dtype, largest: float, smallest: float) -> bool:
-    """Whether a constant keeps its meaning in 16 bits: neither overflows nor underflows."""
-    magnitude = abs(float(np.asarray(value)))
-    return not np.isfinite(magnitude) or magnitude == 0 or smallest <= magnitude <= largest
+def survives(value: Any, dtype: np.dtype) -> bool:
+    """Whether a float32 constant keeps its meaning in 16 bits: it neither overflows nor underflows."""
+    info, magnitude = jnp.finfo(dtype), abs(float(saturated(value, dtype)))
+    in_range = float(info.tiny) <= magnitude <= float(info.max)
+    return not np.isfinite(magnitude) or magnitude == 0 or in_range
+
+
+def saturated(value: Any, dtype: np.dtype) -> Any:
+    """A constant; if it is finite and bfloat16 would make it infinite, the largest that it holds.
+
+    float32's minimum, with which masks are filled, is beyond bfloat16's by less than a rounding. As
+    -infinity it would make NaNs of rows that are masked altogether.
+    """
+    info = jnp.finfo(dtype)
+    as_far = info.maxexp == jnp.finfo("float32").maxexp
+    beyond = as_far and float(info.max) < abs(float(value)) < np.inf
+    return np.float32(np.copysign(float(info.max), float(value))) if beyond else value
 
 
 def as_markdown() -> str:

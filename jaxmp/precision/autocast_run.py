@@ -12,7 +12,7 @@ from jaxmp.numerics import custom_rules
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
-from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind
+from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind, saturated
 
 _FLOAT32 = np.dtype("float32")
 
@@ -36,7 +36,10 @@ class Runner:
                 continue
             inner = plan.softmaxes.get(index)
             first, how = (jaxpr.eqns[inner[0]], plan.steps[inner[0]]) if inner else (eqn, step)
-            operands = [v.val if programs.is_literal(v) else values[v] for v in first.invars]
+            operands = [
+                self._constant(v, rounds) if programs.is_literal(v) else values[v]
+                for v, rounds in zip(first.invars, how.rounds)
+            ]
             with programs.location(eqn):
                 if how.run == Form.FULL or how.call is not None:
                     operands = self._widened(first, how, operands, widened)
@@ -55,6 +58,11 @@ class Runner:
             return value
         dtype = self.dtype if form == Form.LOW else _FLOAT32
         return value if value.dtype == dtype else programs.convert(value, dtype)
+
+    def _constant(self, atom: Any, rounds: bool) -> Any:
+        """The value of a literal, within the range of 16 bits if it ends up there."""
+        in_float32 = programs.is_float32(atom)
+        return saturated(atom.val, self.dtype) if rounds and in_float32 else atom.val
 
     def _step(self, eqn: Any, step: Step, operands: list) -> list:
         if step.call is not None:
@@ -91,12 +99,10 @@ class Runner:
 
         So the sum over the repeats, in its gradient, is a float32 sum.
         """
-        if step.elementwise and step.run == Form.LOW and form < Form.LOW:
+        if step.kind is Kind.WIDEST and step.run == Form.LOW and form < Form.LOW:
             shape = eqn.outvars[0].aval.shape
             if 0 < np.ndim(x) == len(shape) and x.shape != shape:
                 x = jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape))))
-                cast = self.fit(x, step.run)
-                return _sums_16_bit_cotangents(cast) if step.heads else cast
         return self.fit(x, step.run)
 
     def _bind(self, eqn: Any, step: Step, operands: list) -> list:
@@ -178,30 +184,14 @@ def _cast(eqn: Any, x: Any) -> Any:
     return x if x.dtype == dtype or wide else programs.bind(eqn, [x])[0]
 
 
-@jax.custom_jvp
-def _sums_16_bit_cotangents(x: jax.Array) -> jax.Array:
-    """A parameter, repeated and cast; the sum for its gradient reads the cotangent in 16 bits.
-
-    XLA may drop a float32 -> bfloat16 -> float32 pair of casts. The sum would then read a float32
-    cotangent that is written for it alone; the products read the 16-bit one.
-    """
-    return x
-
-
-@_sums_16_bit_cotangents.defjvp
-def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-    return primals[0], jax.lax.optimization_barrier(tangents[0])
-
-
 def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
-    """A softmax, of float32 inside; its derivative needs the rounded result alone.
+    """A softmax, of float32 inside, that keeps no float32 array as large as x for its derivative.
 
-        dy = y dx - y sum(y dx)
+        y = e / s,    dy = e (dx - sum(e dx) / s) / s,    e = exp(x),    s = sum(e)
 
-    `eqns` are the exponential, its sum, what repeats that sum, and the division. JAX's own derivatives of
-    these would keep exponentials and quotients for the backward pass. The sum is repeated before
-    it is cast, so that its cotangent is summed in float32; the barrier keeps that sum an operation of
-    its own, without which a TPU's compiler brings all it reads into the layout of rows.
+    `eqns` are the exponential, its sum, what repeats that sum, and the division. Both e and y are
+    kept, in 16 bits: arithmetic reads e, products read y. Were y read by both, a TPU's compiler would
+    copy it from the layout of the one into that of the other in every round of a loop.
     """
     exponential, *sums, division = eqns
 
@@ -217,11 +207,13 @@ def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
 
     @softmax.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        y = softmax(*primals)
-        moved = y * programs.convert(tangents[0], dtype)
-        whole = jax.lax.optimization_barrier(total(programs.convert(moved, _FLOAT32)))
-        whole = jax.numpy.broadcast_to(whole, y.shape)
-        return y, moved - y * programs.convert(whole, dtype)
+        (above,) = programs.bind(exponential, primals)
+        below = total(above)
+        (y,) = programs.bind(division, [above, below])
+        e, dx = (programs.convert(t, dtype) for t in (above, tangents[0]))
+        mean = total(programs.convert(e * dx, _FLOAT32)) / below
+        moved = (programs.convert(dx, _FLOAT32) - mean) / below
+        return programs.convert(y, dtype), e * programs.convert(moved, dtype)
 
     return softmax(x)
 

@@ -1,13 +1,15 @@
-"""A softmax that a product eats: float32 inside, one 16-bit array kept for the backward pass."""
+"""A softmax that a product eats: float32 inside, 16-bit arrays alone kept for the backward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from jaxmp.precision.autocast import autocast, full_precision
 
@@ -50,9 +52,9 @@ def kept(fn: Callable, dtype: str) -> list[str]:
 
     A `where` keeps an array of zeros as well, with and without autocast.
     """
-    _, pullback = jax.vjp(autocast(lambda x: fn(x, V), dtype), X)
+    _, pullback = jax.vjp(autocast(fn, dtype), X, V)
     large = [leaf for leaf in jax.tree.leaves(pullback) if leaf.shape == X.shape]
-    return [leaf.dtype.name for leaf in large if leaf.dtype != bool and leaf.any()]
+    return sorted(leaf.dtype.name for leaf in large if leaf.dtype != bool and leaf.any())
 
 
 @pytest.mark.parametrize(("fn", "fused"), SOFTMAXES.values(), ids=SOFTMAXES)
@@ -71,8 +73,8 @@ def test_value_and_both_derivatives_are_those_of_float64(fn, fused):
 
 
 @pytest.mark.parametrize("name", [name for name, (_, fused) in SOFTMAXES.items() if fused])
-def test_the_backward_pass_keeps_the_16_bit_result_alone(name):
-    assert kept(SOFTMAXES[name][0], "bfloat16") == ["bfloat16"]
+def test_the_backward_pass_keeps_the_result_and_its_exponentials_in_16_bits(name):
+    assert kept(SOFTMAXES[name][0], "bfloat16") == ["bfloat16", "bfloat16"]
 
 
 def test_in_float16_it_keeps_float32_as_well():
@@ -81,7 +83,7 @@ def test_in_float16_it_keeps_float32_as_well():
 
 def test_in_a_region_left_alone_it_keeps_float32():
     alone = lambda x, v: full_precision(jax.nn.softmax)(x) @ v
-    assert kept(alone, "bfloat16") == ["float32"]
+    assert kept(alone, "bfloat16") == ["bfloat16", "float32"]  # that of 16 bits for v
     above = full_precision(lambda x: jnp.exp(x - jnp.max(x, -1, keepdims=True)))
 
     def in_part(x, v):
@@ -94,3 +96,60 @@ def test_in_a_region_left_alone_it_keeps_float32():
 def test_what_the_caller_gets_is_no_16_bit_softmax():
     out = jax.jit(autocast(lambda x, v: (jax.nn.softmax(x), jax.nn.softmax(x) @ v)))(X, V)
     np.testing.assert_allclose(out[0].sum(-1), 1, rtol=1e-6)
+
+
+# The masks before it
+
+
+def selects(fn: Callable, *args: np.ndarray) -> list[str]:
+    """The dtypes of what each `where` picks from, however deep."""
+    found = []
+
+    def walk(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "select_n":
+                found.append(eqn.invars[1].aval.dtype.name)
+            for inner in core.jaxprs_in_params(eqn.params):
+                walk(getattr(inner, "jaxpr", inner))
+
+    walk(jax.make_jaxpr(fn)(*args).jaxpr)
+    return found
+
+
+MASK = np.tri(12, dtype=bool)
+LOWEST = np.finfo(np.float32).min
+
+
+@pytest.mark.parametrize("fill", [LOWEST, -1e9, -np.inf])
+def test_masked_logits_stay_16_bit(fill):
+    masked = lambda x, v: jax.nn.softmax(jnp.where(MASK, x @ x.T, fill)) @ v
+    assert selects(autocast(masked, "bfloat16"), X, V) == ["bfloat16"]
+    stacked = lambda x, v: jax.lax.scan(lambda c, _: (masked(c, v) @ v.T, None), x, None, 2)
+    assert selects(autocast(stacked, "bfloat16"), X, V) == ["bfloat16"]
+    if fill == LOWEST:
+        assert "float32" in selects(autocast(masked, "float16"), X, V)
+
+
+def test_a_constant_is_exact_where_it_stays_float32():
+    """What the caller gets, compares with, or computes in float32 is filled as it was written."""
+    functions = (
+        lambda x: jnp.where(MASK, x, LOWEST),
+        lambda x: jnp.where(MASK, x @ x, LOWEST),
+        lambda x: jnp.where(MASK, x @ x, 0.1),
+        full_precision(lambda x: jnp.where(MASK, jnp.maximum(x @ x, LOWEST), LOWEST)),
+        lambda x: jnp.pad(jnp.exp(x), ((0, 0), (1, 0)), constant_values=LOWEST)[:, :12],
+    )
+    for fn in functions:
+        found, expected = np.asarray(autocast(fn)(X)), np.asarray(fn(X))
+        constants = (
+            expected[expected == expected[0, -1]] if fn is not functions[-1] else expected[:, 0]
+        )
+        assert constants.size > 11
+        assert set(found[np.isin(expected, constants)].tolist()) == set(constants.tolist())
+
+
+def test_a_padding_of_16_bits_is_finite():
+    pooled = lambda x: jax.lax.reduce_window(
+        jnp.pad(x @ x, 1, constant_values=LOWEST), -jnp.inf, jax.lax.max, (2, 2), (2, 2), "VALID"
+    )
+    assert np.isfinite(jax.jit(autocast(lambda x: pooled(x)[:6, :6] @ x[:6]))(X)).all()

@@ -329,7 +329,7 @@ def test_an_unknown_operation_that_holds_a_program_is_refused_by_name() -> None:
     inner = jax.make_jaxpr(lambda x: x @ x)(W)
     for held in (inner, (inner, inner), inner.jaxpr):
         kernel = unknown("somebodys_loop", body=held)
-        with pytest.raises(NotImplementedError, match="'somebodys_loop'.*holds a program"):
+        with pytest.raises(NotImplementedError, match=r"'somebodys_loop'.*holds a program"):
             jax.make_jaxpr(autocast(kernel))(W)
 
 
