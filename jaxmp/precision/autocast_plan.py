@@ -56,7 +56,7 @@ class Step:
     plans: list[Plan] = dataclasses.field(default_factory=list)
     kind: Kind = Kind.ORIGINAL
     rounds: list[bool] = dataclasses.field(default_factory=list)
-    """Whether each operand, if it adapts, ends up in 16 bits, here or behind data movement."""
+    """Whether each operand, if it adapts, ends up in 16 bits, here or behind what else adapts."""
 
 
 @dataclasses.dataclass
@@ -67,8 +67,6 @@ class Plan:
     inputs: list[Form | None]
     steps: list[Step]
     outputs: list[Form | None]
-    rounds: list[bool]
-    """Whether each input, if it adapts, ends up in 16 bits."""
     softmaxes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
     """Places of divisions that make a softmax for a product, with those of the operations before them."""
     cache: dict = dataclasses.field(default_factory=dict)
@@ -87,9 +85,19 @@ class Planner:
         program: programs.Program,
         inputs: Sequence[Form | None],
         demands: Sequence[Demand],
-        prefix: str = "",
     ) -> Plan:
         """The plan of a program whose inputs have these forms and whose outputs are so used."""
+        plan = self._plan(program, inputs, demands, "")
+        _mark_rounded(plan, [False] * len(plan.outputs))
+        return plan
+
+    def _plan(
+        self,
+        program: programs.Program,
+        inputs: Sequence[Form | None],
+        demands: Sequence[Demand],
+        prefix: str,
+    ) -> Plan:
         key = (id(program.jaxpr), tuple(inputs), tuple(demands), prefix)
         if key not in self._plans:
             self._plans[key] = self._make(program, list(inputs), demands, prefix)
@@ -116,10 +124,7 @@ class Planner:
         softmaxes = {} if self.settings.narrow else _softmaxes(jaxpr, steps)
         alone = {i for i, s in enumerate(steps) if self.demands.override(s.scope) == jnp.float32}
         softmaxes = {i: inner for i, inner in softmaxes.items() if alone.isdisjoint([i, *inner])}
-        rounded = _mark_rounded(jaxpr, steps)
-        return Plan(
-            program, inputs, steps, outputs, [v in rounded for v in jaxpr.invars], softmaxes
-        )
+        return Plan(program, inputs, steps, outputs, softmaxes)
 
     # Forwards: forms
 
@@ -168,7 +173,7 @@ class Planner:
         self, eqn: Any, kind: Kind, operands: list[Form | None], demand: Demand, scope: str
     ) -> tuple[Form, Form, str]:
         """How to run, and what results, where operands decide."""
-        moves, name = kind is Kind.MOVES, eqn.primitive.name
+        moves, name, given_as = kind is Kind.MOVES, eqn.primitive.name, operands
         if not moves:
             operands = [_spread(f, v, eqn) for f, v in zip(operands, eqn.invars)]
         present = [f for f in operands if f is not None] or [Form.OPEN]
@@ -181,7 +186,7 @@ class Planner:
                 return Form.FULL, Form.FULL, REASONS["master"]
             native = self.demands.override(scope) == self.settings.dtype
             eaten = moves or native or demand & PRODUCT or self.demands.saturates(name, demand)
-            if not eaten and _is_awaited(eqn, operands, demand):
+            if not eaten and _is_awaited(eqn, given_as, demand):
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
@@ -221,7 +226,7 @@ class Planner:
         self, call: programs.Call, forms: list[Form | None], wanted: list[Demand], scope: str
     ) -> list[Plan]:
         return [
-            self.plan(
+            self._plan(
                 body.program,
                 [forms[place] for place in body.operands],
                 wanted if body.gives_results else [NONE],
@@ -303,19 +308,22 @@ def _spread(form: Form | None, atom: Any, eqn: Any) -> Form | None:
     return Form.OPEN if repeated else form
 
 
-def _is_awaited(eqn: Any, operands: list[Form | None], demand: Demand) -> bool:
-    """Whether 16-bit arithmetic that no product eats is done in float32: squares, masks, losses.
+def _is_awaited(eqn: Any, given_as: list[Form | None], demand: Demand) -> bool:
+    """Whether 16-bit arithmetic that no product eats is done in float32: squares, losses.
 
     A product's bias is always added in 16 bits. Added in float32, the sum for its gradient would
-    read a float32 cotangent that is written for it alone. And picking elements, as a mask does,
-    rounds none: in float32 it would only write them wider.
+    read a float32 cotangent that is written for it alone. And a mask picks elements, or adds zeros
+    and the lowest number there is: in float32 the elements would be no more exact, but wider.
     """
-    if eqn.primitive.name == "select_n" and not demand & (Demand.OUTPUT | Demand.MAGNIFIED):
+    name = eqn.primitive.name
+    masks = not demand & (Demand.OUTPUT | Demand.MAGNIFIED)
+    arrays = [(v, form) for v, form in zip(eqn.invars, given_as) if not programs.is_literal(v)]
+    if name == "select_n" and masks:
         return False
-    if eqn.primitive.name == "add":
-        for atom, form in zip(eqn.invars, operands):
-            if form is Form.OPEN and not programs.is_literal(atom) and _is_bias(atom):
-                return False
+    if name == "add" and any(_spread(f, v, eqn) is Form.OPEN and _is_bias(v) for v, f in arrays):
+        return False
+    if name in ("add", "sub") and masks and any(f is Form.OPEN and v.aval.ndim for v, f in arrays):
+        return False
     return bool(demand & (Demand.FLOAT32 | Demand.OUTPUT))
 
 
@@ -330,19 +338,23 @@ def _skips(eqn: Any, operands: list[Form | None], used: dict[Any, Demand]) -> bo
     return eqn.primitive.name == "add" and bool(narrow) and not awaited
 
 
-def _mark_rounded(jaxpr: Any, steps: list[Step]) -> set:
-    """Marks which operands end up in 16 bits if they adapt; gives the variables that do."""
-    rounded: set = set()
-    for eqn, step in zip(reversed(jaxpr.eqns), reversed(steps)):
-        passed_on = step.kind in (Kind.MOVES, Kind.EACH) and not rounded.isdisjoint(eqn.outvars)
-        low = passed_on or step.run == Form.LOW
-        step.rounds = [f is not None and (low or f == Form.LOW) for f in step.operands]
-        if step.call is not None:
-            for body, plan in zip(step.call.bodies, step.plans):
-                for place, rounds in zip(body.operands, plan.rounds):
-                    step.rounds[place] |= rounds
-        rounded |= {v for v, r in zip(eqn.invars, step.rounds) if r and not programs.is_literal(v)}
-    return rounded
+def _mark_rounded(plan: Plan, outputs: Sequence[bool]) -> list[bool]:
+    """Marks which operands end up in 16 bits if they adapt, as these outputs do; tells which inputs."""
+    jaxpr = plan.program.jaxpr
+    rounded = {v for v, r in zip(jaxpr.outvars, outputs) if r and not programs.is_literal(v)}
+    for eqn, step in zip(reversed(jaxpr.eqns), reversed(plan.steps)):
+        results = [v in rounded for v in eqn.outvars]
+        adapts = step.kind in (Kind.MOVES, Kind.EACH, Kind.WIDEST) and any(results)
+        low = adapts or step.run == Form.LOW
+        found = [f is not None and (low or f == Form.LOW) for f in step.operands]
+        for body, inner in zip(step.call.bodies if step.call else (), step.plans):
+            wanted = [r or f == Form.LOW for r, f in zip(results, step.results)]
+            wanted = wanted if body.gives_results else [False]
+            for place, rounds in zip(body.operands, _mark_rounded(inner, wanted)):
+                found[place] |= rounds
+        step.rounds = [a or b for a, b in zip(found, step.rounds or found)]
+        rounded |= {v for v, r in zip(eqn.invars, found) if r and not programs.is_literal(v)}
+    return [v in rounded for v in jaxpr.invars]
 
 
 def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:

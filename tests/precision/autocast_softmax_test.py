@@ -130,6 +130,40 @@ def test_masked_logits_stay_16_bit(fill):
         assert "float32" in selects(autocast(masked, "float16"), X, V)
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [
+        lambda mask: jnp.where(mask, 0.0, LOWEST),
+        lambda mask: (1 - mask.astype(jnp.float32)) * LOWEST,
+        lambda mask: jax.lax.select(mask, jnp.zeros((12, 12)), jnp.full((12, 12), -1e9)),
+    ],
+)
+def test_an_added_mask_does_what_a_selected_one_does(bias):
+    added = lambda x, v, mask: jax.nn.softmax(x @ x.T + bias(mask)) @ v
+    chosen = lambda x, v, mask: jax.nn.softmax(jnp.where(mask, x @ x.T, LOWEST)) @ v
+    jaxpr = jax.make_jaxpr(autocast(added))(X, V, MASK).jaxpr
+    sums = [e.invars[0].aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "add"]
+    assert sums == ["bfloat16"]
+
+    def derived(fn, mask):
+        out, pullback = jax.vjp(lambda x, v: autocast(fn)(x, v, mask), X, V)
+        return (out, *pullback(G))
+
+    for ours, theirs in zip(derived(added, MASK), derived(chosen, MASK)):
+        np.testing.assert_array_equal(ours, theirs)
+    # Of a row that is masked altogether both make the mean; gradients flow through a sum alone.
+    rows = MASK & (np.arange(12) != 3)[:, None]
+    np.testing.assert_array_equal(derived(added, rows)[0], derived(chosen, rows)[0])
+
+
+def test_an_added_array_that_is_given_is_added_in_float32():
+    bias = np.asarray(RNG.normal(size=(12, 12)), np.float32)
+    jaxpr = jax.make_jaxpr(autocast(lambda x, v: jax.nn.softmax(x @ x.T + bias) @ v))(X, V).jaxpr
+    assert [e.invars[0].aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "add"] == [
+        "float32"
+    ]
+
+
 def test_a_constant_is_exact_where_it_stays_float32():
     """What the caller gets, compares with, or computes in float32 is filled as it was written."""
     functions = (
