@@ -38,7 +38,7 @@ class Runner:
             first, how = (jaxpr.eqns[inner[0]], plan.steps[inner[0]]) if inner else (eqn, step)
             operands = [
                 self._constant(v, rounds) if programs.is_literal(v) else values[v]
-                for v, rounds in zip(first.invars, how.rounds)
+                for v, rounds in zip(first.invars, how.rounds, strict=True)
             ]
             with programs.location(eqn):
                 if how.run == Form.FULL or how.call is not None:
