@@ -185,13 +185,14 @@ def _cast(eqn: Any, x: Any) -> Any:
 
 
 def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
-    """A softmax, of float32 inside, that keeps no float32 array as large as x for its derivative.
+    """A softmax, summed in float32, that keeps no float32 array as large as x for its derivative.
 
         y = e / s,    dy = e (dx - sum(e dx) / s) / s,    e = exp(x),    s = sum(e)
 
     `eqns` are the exponential, its sum, what repeats that sum, and the division. Both e and y are
     kept, in 16 bits: arithmetic reads e, products read y. Were y read by both, a TPU's compiler would
-    copy it from the layout of the one into that of the other in every round of a loop.
+    copy it from the layout of the one into that of the other in every round of a loop. And y is e,
+    rounded, divided: were e divided before it is rounded, that compiler would keep it in float32.
     """
     exponential, *sums, division = eqns
 
@@ -200,20 +201,23 @@ def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
             (terms,) = programs.bind(eqn, [terms])
         return terms
 
+    def parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        (exact,) = programs.bind(exponential, [x])
+        below, above = total(exact), programs.convert(exact, dtype)
+        (y,) = programs.bind(division, [programs.convert(above, _FLOAT32), below])
+        return programs.convert(y, dtype), above, below
+
     @jax.custom_jvp
     def softmax(x: jax.Array) -> jax.Array:
-        (above,) = programs.bind(exponential, [x])
-        return programs.convert(programs.bind(division, [above, total(above)])[0], dtype)
+        return parts(x)[0]
 
     @softmax.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        (above,) = programs.bind(exponential, primals)
-        below = total(above)
-        (y,) = programs.bind(division, [above, below])
-        e, dx = (programs.convert(t, dtype) for t in (above, tangents[0]))
-        mean = total(programs.convert(e * dx, _FLOAT32)) / below
+        y, above, below = parts(*primals)
+        dx = programs.convert(tangents[0], dtype)
+        mean = total(programs.convert(above * dx, _FLOAT32)) / below
         moved = (programs.convert(dx, _FLOAT32) - mean) / below
-        return programs.convert(y, dtype), e * programs.convert(moved, dtype)
+        return y, above * programs.convert(moved, dtype)
 
     return softmax(x)
 
