@@ -191,8 +191,8 @@ def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
 
     `eqns` are the exponential, its sum, what repeats that sum, and the division. Both e and y are
     kept, in 16 bits: arithmetic reads e, products read y. Were y read by both, a TPU's compiler would
-    copy it from the layout of the one into that of the other in every round of a loop. And y is e,
-    rounded, divided: were e divided before it is rounded, that compiler would keep it in float32.
+    copy it from the layout of the one into that of the other in every round of a loop. And all of it
+    is made of e as rounded: were e summed or divided before, that compiler would keep it in float32.
     """
     exponential, *sums, division = eqns
 
@@ -202,9 +202,10 @@ def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
         return terms
 
     def parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        (exact,) = programs.bind(exponential, [x])
-        below, above = total(exact), programs.convert(exact, dtype)
-        (y,) = programs.bind(division, [programs.convert(above, _FLOAT32), below])
+        above = programs.convert(programs.bind(exponential, [x])[0], dtype)
+        wide = programs.convert(above, _FLOAT32)
+        below = total(wide)
+        (y,) = programs.bind(division, [wide, below])
         return programs.convert(y, dtype), above, below
 
     @jax.custom_jvp
