@@ -11,9 +11,9 @@ takes, in the order FREE < OPEN < LOW < FULL:
 
     form(a op b) = max(form(a), form(b)),  made LOW if a product eats it and the caller does not.
 
-So a residual stream that starts at a product stays in 16 bits, softmax stays in float32 up to the
-probabilities, which a product eats, and the weights an optimizer hands back stay in float32.
-Loops take the least precision that is stable around the loop.
+So a residual stream that starts at a product stays in 16 bits, softmax is computed in float32 up to
+what a product eats (its exponentials and probabilities are kept in 16 bits), and the weights an
+optimizer hands back stay in float32. Loops take the least precision that is stable around the loop.
 """
 
 from __future__ import annotations
