@@ -55,6 +55,7 @@ class Step:
     operands: list[Form | None] = dataclasses.field(default_factory=list)
     plans: list[Plan] = dataclasses.field(default_factory=list)
     kind: Kind = Kind.ORIGINAL
+    """How the rule in force treats the operation; a call's is in its plans."""
     rounds: list[bool] = dataclasses.field(default_factory=list)
     """Whether each operand, if it adapts, ends up in 16 bits, here or behind what else adapts."""
 
@@ -150,7 +151,7 @@ class Planner:
         elif kind is Kind.EACH:
             one_each = len(operands) == len(eqn.outvars)
             results = operands if one_each else [max(present, default=None)] * len(eqn.outvars)
-            return Step(None, _fit(results, eqn), reason, scope, operands=operands)
+            return Step(None, _fit(results, eqn), reason, scope, operands=operands, kind=kind)
         elif kind is Kind.ORIGINAL or kind is Kind.ENTERED:
             is_open = eqn.primitive.name == "iota"
             run, form = Form.FULL, Form.OPEN if is_open else Form.FULL
@@ -165,9 +166,7 @@ class Planner:
                 run = Form.LOW
             reason = why or reason
         results = _fit([form] * len(eqn.outvars), eqn)
-        step = Step(run, results, reason, scope, operands=operands)
-        step.kind = kind
-        return step
+        return Step(run, results, reason, scope, operands=operands, kind=kind)
 
     def _widest(
         self, eqn: Any, kind: Kind, operands: list[Form | None], demand: Demand, scope: str

@@ -1,4 +1,4 @@
-"""A softmax that a product eats: float32 inside, 16-bit arrays alone kept for the backward pass."""
+"""A softmax that a product eats, and the mask before it: what is kept and picked from is 16-bit."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def test_what_the_caller_gets_is_no_16_bit_softmax():
 # The masks before it
 
 
-def selects(fn: Callable, *args: np.ndarray) -> list[str]:
-    """The dtypes of what each `where` picks from, however deep."""
+def dtypes_of(name: str, fn: Callable, *args: np.ndarray) -> list[str]:
+    """The dtype of the last operand of each operation of this name, however deep."""
     found = []
 
     def walk(jaxpr: Any) -> None:
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "select_n":
-                found.append(eqn.invars[1].aval.dtype.name)
+            if eqn.primitive.name == name:
+                found.append(eqn.invars[-1].aval.dtype.name)
             for inner in core.jaxprs_in_params(eqn.params):
                 walk(getattr(inner, "jaxpr", inner))
 
@@ -123,11 +123,11 @@ LOWEST = np.finfo(np.float32).min
 @pytest.mark.parametrize("fill", [LOWEST, -1e9, -np.inf])
 def test_masked_logits_stay_16_bit(fill):
     masked = lambda x, v: jax.nn.softmax(jnp.where(MASK, x @ x.T, fill)) @ v
-    assert selects(autocast(masked, "bfloat16"), X, V) == ["bfloat16"]
+    assert dtypes_of("select_n", autocast(masked, "bfloat16"), X, V) == ["bfloat16"]
     stacked = lambda x, v: jax.lax.scan(lambda c, _: (masked(c, v) @ v.T, None), x, None, 2)
-    assert selects(autocast(stacked, "bfloat16"), X, V) == ["bfloat16"]
+    assert dtypes_of("select_n", autocast(stacked, "bfloat16"), X, V) == ["bfloat16"]
     if fill == LOWEST:
-        assert "float32" in selects(autocast(masked, "float16"), X, V)
+        assert "float32" in dtypes_of("select_n", autocast(masked, "float16"), X, V)
 
 
 @pytest.mark.parametrize(
@@ -141,9 +141,7 @@ def test_masked_logits_stay_16_bit(fill):
 def test_an_added_mask_does_what_a_selected_one_does(bias):
     added = lambda x, v, mask: jax.nn.softmax(x @ x.T + bias(mask)) @ v
     chosen = lambda x, v, mask: jax.nn.softmax(jnp.where(mask, x @ x.T, LOWEST)) @ v
-    jaxpr = jax.make_jaxpr(autocast(added))(X, V, MASK).jaxpr
-    sums = [e.invars[0].aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "add"]
-    assert sums == ["bfloat16"]
+    assert dtypes_of("add", autocast(added), X, V, MASK) == ["bfloat16"]
 
     def derived(fn, mask):
         out, pullback = jax.vjp(lambda x, v: autocast(fn)(x, v, mask), X, V)
@@ -158,10 +156,8 @@ def test_an_added_mask_does_what_a_selected_one_does(bias):
 
 def test_an_added_array_that_is_given_is_added_in_float32():
     bias = np.asarray(RNG.normal(size=(12, 12)), np.float32)
-    jaxpr = jax.make_jaxpr(autocast(lambda x, v: jax.nn.softmax(x @ x.T + bias) @ v))(X, V).jaxpr
-    assert [e.invars[0].aval.dtype.name for e in jaxpr.eqns if e.primitive.name == "add"] == [
-        "float32"
-    ]
+    added = lambda x, v: jax.nn.softmax(x @ x.T + bias) @ v
+    assert dtypes_of("add", autocast(added), X, V) == ["float32"]
 
 
 def test_a_constant_is_exact_where_it_stays_float32():
