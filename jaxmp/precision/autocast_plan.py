@@ -18,7 +18,6 @@ optimizer hands back stay in float32. Loops take the least precision that is sta
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import enum
 from collections.abc import Sequence
@@ -68,8 +67,6 @@ class Plan:
     inputs: list[Form | None]
     steps: list[Step]
     outputs: list[Form | None]
-    softmaxes: dict[int, list[int]] = dataclasses.field(default_factory=dict)
-    """Places of divisions that make a softmax for a product, with those of the operations before them."""
     cache: dict = dataclasses.field(default_factory=dict)
 
 
@@ -121,11 +118,7 @@ class Planner:
             forms.update(zip(eqn.outvars, step.results))
             steps.append(step)
         outputs = [self._form(v, forms) for v in jaxpr.outvars]
-        # In float16 small probabilities would lose their digits to the backward pass as well.
-        softmaxes = {} if self.settings.narrow else _softmaxes(jaxpr, steps)
-        alone = {i for i, s in enumerate(steps) if self.demands.override(s.scope) == jnp.float32}
-        softmaxes = {i: inner for i, inner in softmaxes.items() if alone.isdisjoint([i, *inner])}
-        return Plan(program, inputs, steps, outputs, softmaxes)
+        return Plan(program, inputs, steps, outputs)
 
     # Forwards: forms
 
@@ -354,39 +347,6 @@ def _mark_rounded(plan: Plan, outputs: Sequence[bool]) -> list[bool]:
         step.rounds = [a or b for a, b in zip(found, step.rounds or found)]
         rounded |= {v for v, r in zip(eqn.invars, found) if r and not programs.is_literal(v)}
     return [v in rounded for v in jaxpr.invars]
-
-
-def _softmaxes(jaxpr: Any, steps: list[Step]) -> dict[int, list[int]]:
-    """Divisions of exponentials by their own sum, rounded for a product, that nothing else looks into.
-
-    Gives the place of each division, and those of the exponential, its sum and what repeats that sum.
-    """
-    maker = {v: index for index, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
-    read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
-    uses = collections.Counter(v for v in read if not programs.is_literal(v))
-
-    def made_by(atom: Any, names: frozenset[str], times: int) -> int | None:
-        """The place of the operation of such a name that gives a value used so often."""
-        index = None if programs.is_literal(atom) or uses[atom] != times else maker.get(atom)
-        if index is None or jaxpr.eqns[index].primitive.name not in names:
-            return None
-        return None if steps[index].run == Form.LOW else index
-
-    found = {}
-    for place, (eqn, step) in enumerate(zip(jaxpr.eqns, steps)):
-        if eqn.primitive.name != "div" or step.run != Form.FULL or step.results != [Form.LOW]:
-            continue
-        above, below = eqn.invars
-        parts: list[int] = []
-        index = made_by(below, rules.REPEATS, 1)
-        while index is not None:
-            below, parts = jaxpr.eqns[index].invars[0], [index, *parts]
-            index = made_by(below, rules.REPEATS, 1)
-        total = made_by(below, frozenset({"reduce_sum"}), 1)
-        exponential = made_by(above, rules.EXPONENTIALS, 2)
-        if total is not None and exponential is not None and jaxpr.eqns[total].invars[0] is above:
-            found[place] = [exponential, total, *parts]
-    return found
 
 
 def _is_bias(atom: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxmp.numerics import custom_rules
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
+from jaxmp.precision.autocast_fused import Group, groups
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
 from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind, saturated
 
@@ -23,6 +24,7 @@ class Runner:
     def __init__(self, planner: Planner):
         self.planner = planner
         self.dtype = planner.settings.dtype
+        self._groups: dict[int, dict[int, Group]] = {}
 
     def run(self, plan: Plan, args: Sequence) -> list:
         """The outputs of a planned program, in the dtypes of their forms."""
@@ -30,27 +32,45 @@ class Runner:
         values: dict[Any, Any] = dict(zip(jaxpr.constvars, plan.program.consts))
         values.update(zip(jaxpr.invars, args))
         widened: dict[Any, Any] = {}
-        parts = {index for inner in plan.softmaxes.values() for index in inner}
-        for index, (eqn, step) in enumerate(zip(jaxpr.eqns, plan.steps)):
-            if index in parts:
+
+        def read(place: int, i: int) -> Any:
+            """An operand of an operation, cast up where it runs in float32, once for all its uses.
+
+            So the cotangents of these uses are summed in float32, and rounded once.
+            """
+            step, atom = plan.steps[place], jaxpr.eqns[place].invars[i]
+            if programs.is_literal(atom):
+                return self._constant(atom, step.rounds[i])
+            form, value = step.operands[i], values[atom]
+            wanted = form if step.call is not None else step.run
+            if form is None or wanted != Form.FULL or value.dtype != self.dtype:
+                return value
+            if atom not in widened:
+                widened[atom] = programs.convert(value, _FLOAT32)
+            return widened[atom]
+
+        fused = self._fused(plan)
+        inside = {place for group in fused.values() for place in group.inner}
+        for place, (eqn, step) in enumerate(zip(jaxpr.eqns, plan.steps)):
+            if place in inside:
                 continue
-            inner = plan.softmaxes.get(index)
-            first, how = (jaxpr.eqns[inner[0]], plan.steps[inner[0]]) if inner else (eqn, step)
-            operands = [
-                self._constant(v, rounds) if programs.is_literal(v) else values[v]
-                for v, rounds in zip(first.invars, how.rounds, strict=True)
-            ]
             with programs.location(eqn):
-                if how.run == Form.FULL or how.call is not None:
-                    operands = self._widened(first, how, operands, widened)
-                if inner:
-                    eqns = [*(jaxpr.eqns[i] for i in inner), eqn]
-                    results = [_narrow_softmax(eqns, self.dtype, *operands)]
+                if place in fused:
+                    group = fused[place]
+                    operands = [read(index, i) for index, i in group.reads]
+                    result = group.run(group.eqns, self.dtype, *operands)
+                    results = [self.fit(result, step.results[0])]
                 else:
+                    operands = [read(place, i) for i in range(len(eqn.invars))]
                     results = self._step(eqn, step, operands)
             values.update(zip(eqn.outvars, results))
         outputs = [v.val if programs.is_literal(v) else values[v] for v in jaxpr.outvars]
         return [self.fit(x, form) for x, form in zip(outputs, plan.outputs)]
+
+    def _fused(self, plan: Plan) -> dict[int, Group]:
+        if id(plan) not in self._groups:
+            self._groups[id(plan)] = groups(plan, self.planner.demands)
+        return self._groups[id(plan)]
 
     def fit(self, value: Any, form: Form | None) -> Any:
         """The value in the dtype of a form; other than float32 values have none, and stay."""
@@ -78,21 +98,6 @@ class Runner:
                 ]
             results = self._bind(eqn, step, operands)
         return [self.fit(x, form) for x, form in zip(results, step.results)]
-
-    def _widened(self, eqn: Any, step: Step, operands: list, widened: dict) -> list:
-        """The operands, those that are to be cast up cast once for all their uses.
-
-        So the cotangents of these uses are summed in float32, and rounded once.
-        """
-        found = list(operands)
-        for i, (atom, form) in enumerate(zip(eqn.invars, step.operands)):
-            wanted = form if step.call is not None else step.run
-            if form is None or wanted == Form.LOW or operands[i].dtype != self.dtype:
-                continue
-            if atom not in widened:
-                widened[atom] = programs.convert(operands[i], _FLOAT32)
-            found[i] = widened[atom]
-        return found
 
     def _operand(self, x: Any, form: Form, eqn: Any, step: Step) -> Any:
         """A float32 operand, cast. A parameter is repeated before it is cast, not after.
@@ -182,45 +187,6 @@ def _cast(eqn: Any, x: Any) -> Any:
     dtype = eqn.params["new_dtype"]
     wide = dtype == _FLOAT32 and eqn.invars[0].aval.dtype == _FLOAT32
     return x if x.dtype == dtype or wide else programs.bind(eqn, [x])[0]
-
-
-def _narrow_softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
-    """A softmax, summed in float32, that keeps no float32 array as large as x for its derivative.
-
-        y = e / s,    dy = e (dx - sum(e dx) / s) / s,    e = exp(x),    s = sum(e)
-
-    `eqns` are the exponential, its sum, what repeats that sum, and the division. Both e and y are
-    kept, in 16 bits: arithmetic reads e, products read y. Were y read by both, a TPU's compiler would
-    copy it from the layout of the one into that of the other in every round of a loop. And all of it
-    is made of e as rounded: were e summed or divided before, that compiler would keep it in float32.
-    """
-    exponential, *sums, division = eqns
-
-    def total(terms: jax.Array) -> jax.Array:
-        for eqn in sums:
-            (terms,) = programs.bind(eqn, [terms])
-        return terms
-
-    def parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        above = programs.convert(programs.bind(exponential, [x])[0], dtype)
-        wide = programs.convert(above, _FLOAT32)
-        below = total(wide)
-        (y,) = programs.bind(division, [wide, below])
-        return programs.convert(y, dtype), above, below
-
-    @jax.custom_jvp
-    def softmax(x: jax.Array) -> jax.Array:
-        return parts(x)[0]
-
-    @softmax.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        y, above, below = parts(*primals)
-        dx = programs.convert(tangents[0], dtype)
-        mean = total(programs.convert(above * dx, _FLOAT32)) / below
-        moved = (programs.convert(dx, _FLOAT32) - mean) / below
-        return y, above * programs.convert(moved, dtype)
-
-    return softmax(x)
 
 
 def _wide_product(eqn: Any, narrow: np.dtype, operands: list) -> jax.Array:
