@@ -108,6 +108,8 @@ def relative(found: Any, expected: Any) -> float:
 def error_row(name: str, draws: int = 64) -> dict[str, Any]:
     """Root mean square errors of loss and gradient against float32, over initialisations and data.
 
+    Native's and autocast's are taken from the same draws, and their ratio's standard error with them.
+
     The compiler may leave out a rounding between two operations that it fuses. Here it may not:
     otherwise an error of the loss depends on how a loss of a few numbers was fused.
     """
@@ -126,9 +128,12 @@ def error_row(name: str, draws: int = 64) -> dict[str, Any]:
             errors[way].append((float(loss / exact - 1), relative(gradient, exact_gradient)))
     row: dict[str, Any] = {"model": name}
     for i, what in enumerate(("loss", "gradient")):
-        rms = {way: float(np.sqrt(np.mean(np.square(errors[way]), 0)[i])) for way in WAYS[1:]}
-        row |= {f"{what} {way}": rms[way] for way in WAYS[1:]}
-        row[f"{what} ratio"] = rms["autocast"] / rms["native"]
+        native, ours = (np.square(errors[way])[:, i] for way in WAYS[1:])
+        row |= {f"{what} native": native.mean() ** 0.5, f"{what} autocast": ours.mean() ** 0.5}
+        row[f"{what} ratio"] = ratio = row[f"{what} autocast"] / row[f"{what} native"]
+        # Of the root of a ratio of two means over the same draws, to first order in their errors.
+        spread = np.std(ours / ours.mean() - native / native.mean())
+        row[f"{what} ratio's standard error"] = ratio * spread / (2 * draws**0.5)
     return row
 
 
@@ -284,17 +289,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", help="compile for this machine: gpu-h100, tpu-v5e, ...")
     for flag in ("error", "train", "time"):
         parser.add_argument(f"--{flag}", action="store_true")
+    parser.add_argument("--draws", type=int, default=64, help="initialisations for --error (64)")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.models if name not in zoo.ZOO]
     if unknown:
         parser.error(f"{unknown[0]!r} is no model: they are {', '.join(zoo.ZOO)}.")
+    if options.draws < 1:
+        parser.error(f"--draws is {options.draws}; it takes at least 1.")
     if options.target and (absent := targets.missing_wheel(options.target)):
         parser.error(absent)
     jobs: list[Callable[[str], dict]] = []
     if options.target:
         jobs.append(functools.partial(compile_row, target=options.target))
-    jobs += [job for flag, job in MODES.items() if getattr(options, flag)]
+    modes = MODES | {"error": functools.partial(error_row, draws=options.draws)}
+    jobs += [job for flag, job in modes.items() if getattr(options, flag)]
     rows = []
     for name in options.models or zoo.ZOO:
         if absent := missing(name):
