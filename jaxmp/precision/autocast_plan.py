@@ -67,6 +67,8 @@ class Plan:
     inputs: list[Form | None]
     steps: list[Step]
     outputs: list[Form | None]
+    rounds: list[bool] = dataclasses.field(default_factory=list)
+    """Whether each output, if it adapts, ends up in 16 bits."""
     cache: dict = dataclasses.field(default_factory=dict)
 
 
@@ -333,6 +335,7 @@ def _skips(eqn: Any, operands: list[Form | None], used: dict[Any, Demand]) -> bo
 def _mark_rounded(plan: Plan, outputs: Sequence[bool]) -> list[bool]:
     """Marks which operands end up in 16 bits if they adapt, as these outputs do; tells which inputs."""
     jaxpr = plan.program.jaxpr
+    plan.rounds = [a or b for a, b in zip(outputs, plan.rounds or outputs)]
     rounded = {v for v, r in zip(jaxpr.outvars, outputs) if r and not programs.is_literal(v)}
     for eqn, step in zip(reversed(jaxpr.eqns), reversed(plan.steps)):
         results = [v in rounded for v in eqn.outvars]

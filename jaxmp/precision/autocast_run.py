@@ -64,7 +64,10 @@ class Runner:
                     operands = [read(place, i) for i in range(len(eqn.invars))]
                     results = self._step(eqn, step, operands)
             values.update(zip(eqn.outvars, results))
-        outputs = [v.val if programs.is_literal(v) else values[v] for v in jaxpr.outvars]
+        outputs = [
+            self._constant(v, rounds) if programs.is_literal(v) else values[v]
+            for v, rounds in zip(jaxpr.outvars, plan.rounds, strict=True)
+        ]
         return [self.fit(x, form) for x, form in zip(outputs, plan.outputs)]
 
     def _fused(self, plan: Plan) -> dict[int, Group]:

@@ -154,6 +154,18 @@ def test_an_added_mask_does_what_a_selected_one_does(bias):
     np.testing.assert_array_equal(derived(added, rows)[0], derived(chosen, rows)[0])
 
 
+def test_a_mask_may_be_filled_with_what_a_branch_chooses():
+    def masked(x, v, lowest):
+        fill = jax.lax.cond(lowest, lambda: LOWEST, lambda: np.float32(-1e9))
+        rows = MASK & (np.arange(12) != 3)[:, None]
+        return jax.nn.softmax(jnp.where(rows, x @ x.T, fill)) @ v, fill * jnp.ones(2)
+
+    for lowest in (True, False):
+        (found, filled), (expected, fill) = (fn(X, V, lowest) for fn in (autocast(masked), masked))
+        np.testing.assert_allclose(found, expected, rtol=0.1, atol=0.02)
+        np.testing.assert_allclose(filled, fill, rtol=2**-8)
+
+
 def test_an_added_array_that_is_given_is_added_in_float32():
     bias = np.asarray(RNG.normal(size=(12, 12)), np.float32)
     added = lambda x, v: jax.nn.softmax(x @ x.T + bias) @ v
