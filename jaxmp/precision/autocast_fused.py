@@ -137,7 +137,8 @@ def _softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
 
     @softmax.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        y, above, below = parts(*primals)
+        y = parts(*primals)[0]
+        _, above, below = parts(_apart(*primals))
         dx = programs.convert(tangents[0], dtype)
         mean = total(_wide(above * dx)) / below
         moved = (_wide(dx) - mean) / below
@@ -170,6 +171,16 @@ def _scaled_difference(
         return y, dx * scale + centered * dscale + -(dmean * scale)
 
     return scaled(x, mean, scale)
+
+
+def _apart(x: jax.Array) -> jax.Array:
+    """x for the backward pass, which a GPU's compiler does not see to be the x of the forward pass.
+
+    Where both passes read one sum, it writes a kernel for that sum, which reads all of x once more;
+    by itself each pass takes the sum on its way. A TPU's compiler keeps exponentials, and shares them.
+    """
+    hidden = lambda: jax.lax.optimization_barrier(np.float32(1))
+    return x * jax.lax.platform_dependent(cuda=hidden, default=lambda: np.float32(1))
 
 
 def _wide(x: jax.Array) -> jax.Array:
