@@ -77,6 +77,14 @@ def test_the_backward_pass_keeps_the_result_and_its_exponentials_in_16_bits(name
     assert kept(SOFTMAXES[name][0], "bfloat16") == ["bfloat16", "bfloat16"]
 
 
+def test_on_a_gpu_alone_each_pass_takes_its_own_sum():
+    attention = autocast(SOFTMAXES["rows"][0], "bfloat16")
+    traced = jax.jit(jax.grad(lambda x: jnp.vdot(attention(x, V), G))).trace(X)
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "tpu", "cpu")}
+    barriers = {p: text.count("stablehlo.optimization_barrier") for p, text in texts.items()}
+    assert barriers == {"cuda": 1, "tpu": 0, "cpu": 0}
+
+
 def test_in_float16_it_keeps_float32_as_well():
     assert "float32" in kept(SOFTMAXES["rows"][0], "float16")
 
