@@ -302,7 +302,8 @@ def main(arguments: list[str] | None = None) -> int:
     jobs: list[Callable[[str], dict]] = []
     if options.target:
         jobs.append(functools.partial(compile_row, target=options.target))
-    modes = MODES | {"error": functools.partial(error_row, draws=options.draws)}
+    errors = functools.partial(error_row, draws=options.draws)
+    modes = {"error": errors, "train": train_row, "time": time_row}
     jobs += [job for flag, job in modes.items() if getattr(options, flag)]
     rows = []
     for name in options.models or zoo.ZOO:
@@ -316,8 +317,6 @@ def main(arguments: list[str] | None = None) -> int:
                 options.json.write_text(json.dumps(rows, indent=1))
     return 0
 
-
-MODES = {"error": error_row, "train": train_row, "time": time_row}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,8 +22,7 @@ class Group:
     """Operations of a program that are run as one, in the place of the last of them."""
 
     run: Callable[..., jax.Array]
-    """`run(eqns, dtype, *operands)` with the 16-bit dtype gives the result of the last operation."""
-    eqns: list[Any]
+    """`run(*operands)` gives the result of the last operation."""
     reads: list[tuple[int, int]]
     """What it reads: the place of an operation, and which of its operands."""
     inner: list[int]
@@ -84,7 +84,8 @@ class _Finder:
             return None
         inner = [exponential, total, *parts]
         eqns = [self.eqns[i] for i in (*inner, place)]
-        return Group(_softmax, eqns, [(exponential, 0)], inner)
+        run = functools.partial(_softmax, eqns, self.demands.settings.dtype)
+        return Group(run, [(exponential, 0)], inner)
 
     def scaled_difference(self, place: int) -> Group | None:
         """16-bit activations less a mean, times a scale that is one for all that share the mean."""
@@ -92,8 +93,8 @@ class _Finder:
         for i, scale in enumerate(reversed(eqn.invars)):
             index = self.made_by(eqn.invars[i], frozenset({"sub"}), 1)
             if index is not None and self.is_wide(place) and self.shares(index, scale):
-                reads = [(index, 0), (index, 1), (place, 1 - i)]
-                return Group(_scaled_difference, [self.eqns[index], eqn], reads, [index])
+                run = functools.partial(_scaled_difference, self.eqns[index], eqn)
+                return Group(run, [(index, 0), (index, 1), (place, 1 - i)], [index])
         return None
 
     def shares(self, place: int, scale: Any) -> bool:
@@ -148,7 +149,7 @@ def _softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
 
 
 def _scaled_difference(
-    eqns: Sequence, dtype: np.dtype, x: jax.Array, mean: jax.Array, scale: jax.Array
+    difference: Any, product: Any, x: jax.Array, mean: jax.Array, scale: jax.Array
 ) -> jax.Array:
     """(x - mean) scale, whose cotangent g is summed once for the mean and for a bias added to it.
 
@@ -156,7 +157,6 @@ def _scaled_difference(
     the same in all terms of the first sum; taken out of it, it leaves two sums for each channel of
     a BatchNorm, which XLA fuses with what makes g.
     """
-    difference, product = eqns
 
     @jax.custom_jvp
     def scaled(x: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
@@ -166,8 +166,8 @@ def _scaled_difference(
     @scaled.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
         (x, mean, scale), (dx, dmean, dscale) = primals, tangents
-        centered = programs.bind(difference, [x, mean])[0]
-        y = programs.bind(product, [centered, scale])[0]
+        (centered,) = programs.bind(difference, [x, mean])
+        (y,) = programs.bind(product, [centered, scale])
         return y, dx * scale + centered * dscale + -(dmean * scale)
 
     return scaled(x, mean, scale)

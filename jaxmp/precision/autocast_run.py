@@ -58,8 +58,7 @@ class Runner:
                 if place in fused:
                     group = fused[place]
                     operands = [read(index, i) for index, i in group.reads]
-                    result = group.run(group.eqns, self.dtype, *operands)
-                    results = [self.fit(result, step.results[0])]
+                    results = [self.fit(group.run(*operands), step.results[0])]
                 else:
                     operands = [read(place, i) for i in range(len(eqn.invars))]
                     results = self._step(eqn, step, operands)
