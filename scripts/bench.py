@@ -48,6 +48,7 @@ from jaxmp.nn import linen
 from jaxmp.nn.models import gpt, vit
 from jaxmp.optim import decay
 from jaxmp.plan import compile as plan
+from jaxmp.plan import targets
 
 RATE, B1, B2, DECAY, CLIP = 1e-3, 0.9, 0.95, 0.1, 1.0
 
@@ -74,9 +75,9 @@ class Workload:
             shape = (self.batch_size, self.config.context)
             draw = lambda: rng.integers(self.config.vocab_size, size=shape, dtype=np.int32)
             return {"inputs": draw(), "targets": draw()}
-        targets = rng.integers(self.config.num_classes, size=self.batch_size, dtype=np.int32)
+        labels = rng.integers(self.config.num_classes, size=self.batch_size, dtype=np.int32)
         images = rng.standard_normal((self.batch_size, *self.image), np.float32)
-        return {"inputs": images, "targets": targets}
+        return {"inputs": images, "targets": labels}
 
     def model_loss(self) -> Callable:
         """`loss(params, batch)` of the Linen model, in the dtype of what it is given."""
@@ -367,6 +368,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     unknown = [name for name in parsed.workloads if name not in WORKLOADS]
     if unknown:
         parser.error(f"unknown workload {unknown[0]!r}: choose from {', '.join(WORKLOADS)}")
+    if parsed.target:
+        try:
+            targets.devices(parsed.target)  # before JAX starts: it may not find the compiler later
+        except ValueError as error:
+            parser.error(str(error))
     return parsed
 
 
@@ -389,11 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows = time_rows(workload, names, settings.rounds, settings.steps)
             table = time_table(rows)
         else:
-            try:
-                rows = compile_rows(workload, settings.target, names, settings.option)
-            except ValueError as error:
-                print(error, file=sys.stderr)
-                return 2
+            rows = compile_rows(workload, settings.target, names, settings.option)
             table = compile_table(rows)
         print(f"\n## {workload_name}, batch {batch_size}, attention {settings.attention}\n")
         print(format_table(table))

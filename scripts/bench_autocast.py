@@ -297,8 +297,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{unknown[0]!r} is no model: they are {', '.join(zoo.ZOO)}.")
     if options.draws < 1:
         parser.error(f"--draws is {options.draws}; it takes at least 1.")
-    if options.target and (absent := targets.missing_wheel(options.target)):
-        parser.error(absent)
+    if options.target:
+        try:
+            targets.devices(options.target)  # before JAX starts: it may not find the compiler later
+        except ValueError as error:
+            parser.error(str(error))
     jobs: list[Callable[[str], dict]] = []
     if options.target:
         jobs.append(functools.partial(compile_row, target=options.target))

@@ -254,12 +254,14 @@ def topology(name: str) -> topologies.TopologyDescription:
     details = target.chip.details
     try:
         if target.chip.platform == "cuda":
-            return topologies.get_topology_desc(
-                platform="cuda",
-                topology_name=target.chip.name,
-                topology=f"1x1x{target.device_count}",
-                target_config=gpu_config_text(target.chip),
-            )
+            # JAX would look for a driver first, and register no compiler where it finds none.
+            with _environment(JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"):
+                return topologies.get_topology_desc(
+                    platform="cuda",
+                    topology_name=target.chip.name,
+                    topology=f"1x1x{target.device_count}",
+                    target_config=gpu_config_text(target.chip),
+                )
         layout = details["smallest"] if target.layout == "1" else target.layout
         # Without these the TPU library asks a metadata server, which only a cloud machine has, and lets
         # one process at a time in, though compiling touches no TPU.
@@ -268,8 +270,14 @@ def topology(name: str) -> topologies.TopologyDescription:
                 platform="tpu", topology_name=f"{details['slice']}:{layout}"
             )
     except Exception as error:
+        late = target.chip.platform == "cuda" and "not implemented" in str(error)
+        hint = (
+            ". JAX started before this without CUDA's compiler, for want of a driver: set "
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the environment, or JAX_PLATFORMS=cpu."
+        )
         raise ValueError(
             f"The {target.chip.platform} compiler refuses the target {name!r}: {error}"
+            + (hint if late else "")
         ) from error
 
 

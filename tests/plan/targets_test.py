@@ -83,3 +83,18 @@ def test_the_compiler_knows_the_target(name):
     assert len(devices) == targets.parse_target(name).device_count
     assert devices[0].platform == {"gpu": "gpu", "tpu": "tpu"}[name[:3]]
     assert dict(os.environ) == before
+
+
+def test_a_gpus_compiler_is_asked_for_without_its_driver(monkeypatch):
+    seen = {}
+
+    def refuse(**_):
+        seen.update(os.environ)
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(targets, "missing_wheel", lambda name: None)
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", refuse)
+    with pytest.raises(ValueError, match="set JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 in the env"):
+        targets.topology("gpu-h100")
+    assert seen["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == "1"
+    assert "JAX_SKIP_CUDA_CONSTRAINTS_CHECK" not in os.environ
