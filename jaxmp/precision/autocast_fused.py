@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmp.numerics import jaxpr as programs
@@ -32,7 +33,7 @@ class Group:
 def groups(plan: Plan, demands: Demands) -> dict[int, Group]:
     """The softmaxes and norms of a program that are run as one, by the place of their last operation."""
     finder = _Finder(plan, demands)
-    find = {"div": finder.softmax, "mul": finder.scaled_difference}
+    find = {"div": finder.softmax, "mul": finder.normalized, "add": finder.shifted}
     found = {}
     for place, eqn in enumerate(plan.program.jaxpr.eqns):
         group = find[eqn.primitive.name](place) if eqn.primitive.name in find else None
@@ -87,25 +88,39 @@ class _Finder:
         run = functools.partial(_softmax, eqns, self.demands.settings.dtype)
         return Group(run, [(exponential, 0)], inner)
 
-    def scaled_difference(self, place: int) -> Group | None:
+    def normalized(self, place: int) -> Group | None:
         """16-bit activations less a mean, times a scale that is one for all that share the mean."""
         eqn = self.eqns[place]
         for i, scale in enumerate(reversed(eqn.invars)):
             index = self.made_by(eqn.invars[i], frozenset({"sub"}), 1)
-            if index is not None and self.is_wide(place) and self.shares(index, scale):
-                run = functools.partial(_scaled_difference, self.eqns[index], eqn)
+            if index is None or not self.is_wide(place):
+                continue
+            is_low = self.steps[index].operands[0] == Form.LOW
+            if is_low and self.shares(index, scale):
+                run = functools.partial(_normalized, [self.eqns[index], eqn])
                 return Group(run, [(index, 0), (index, 1), (place, 1 - i)], [index])
         return None
 
-    def shares(self, place: int, scale: Any) -> bool:
-        """Whether 16-bit activations share what is taken from them, and those that do share a scale."""
+    def shifted(self, place: int) -> Group | None:
+        """The same, plus a bias that is one for all that share the mean as well."""
+        eqn = self.eqns[place]
+        for i, bias in enumerate(reversed(eqn.invars)):
+            index = self.made_by(eqn.invars[i], frozenset({"mul"}), 1)
+            group = None if index is None else self.normalized(index)
+            if group is None or not self.is_wide(place) or not self.shares(group.inner[0], bias):
+                continue
+            inner = [*group.inner, index]
+            run = functools.partial(_normalized, [self.eqns[i] for i in (*inner, place)])
+            return Group(run, [*group.reads, (place, 1 - i)], inner)
+        return None
+
+    def shares(self, place: int, factor: Any) -> bool:
+        """Whether all from which the same is taken in a difference share a factor (or a term) as well."""
         x, mean = self.eqns[place].invars
-        if any(map(programs.is_literal, (x, mean, scale))):
+        if any(map(programs.is_literal, (x, mean, factor))) or x.aval.shape == mean.aval.shape:
             return False
-        if self.steps[place].operands[0] != Form.LOW or x.aval.shape == mean.aval.shape:
-            return False
-        shapes = zip(x.aval.shape, mean.aval.shape, scale.aval.shape)
-        return all(m == n or (m == 1 and s == 1) for n, m, s in shapes)
+        shapes = zip(x.aval.shape, mean.aval.shape, factor.aval.shape)
+        return all(m == n or (m == 1 and f == 1) for n, m, f in shapes)
 
 
 def _softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
@@ -148,29 +163,55 @@ def _softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
     return softmax(x)
 
 
-def _scaled_difference(
-    difference: Any, product: Any, x: jax.Array, mean: jax.Array, scale: jax.Array
-) -> jax.Array:
-    """(x - mean) scale, whose cotangent g is summed once for the mean and for a bias added to it.
+def _normalized(eqns: Sequence, *operands: jax.Array) -> jax.Array:
+    """(x - mean) scale + bias, whose cotangent g is summed once for the mean and the bias.
 
     JAX would sum -g scale for the mean, g for the bias and g (x - mean) for the scale. The scale is
     the same in all terms of the first sum; taken out of it, it leaves two sums for each channel of
-    a BatchNorm, which XLA fuses with what makes g.
+    a BatchNorm. `eqns` are the difference, the product and, if there is a bias, the sum.
     """
+    difference, product, *shift = eqns
 
-    @jax.custom_jvp
-    def scaled(x: jax.Array, mean: jax.Array, scale: jax.Array) -> jax.Array:
-        (centered,) = programs.bind(difference, [x, mean])
-        return programs.bind(product, [centered, scale])[0]
-
-    @scaled.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        (x, mean, scale), (dx, dmean, dscale) = primals, tangents
+    def parts(x: jax.Array, mean: jax.Array, scale: jax.Array, *bias: jax.Array) -> list:
         (centered,) = programs.bind(difference, [x, mean])
         (y,) = programs.bind(product, [centered, scale])
-        return y, dx * scale + centered * dscale + -(dmean * scale)
+        for eqn in shift:
+            (y,) = programs.bind(eqn, [y, *bias])
+        return [y, centered]
 
-    return scaled(x, mean, scale)
+    @jax.custom_jvp
+    def normalized(*operands: jax.Array) -> jax.Array:
+        return parts(*operands)[0]
+
+    @normalized.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        scale = primals[2]
+        dx, dmean, dscale, *dbias = tangents
+        y, centered = parts(*primals)
+        moved = sum(dbias, -(dmean * scale))
+        repeated = jax.lax.platform_dependent(
+            moved, dscale, centered, cuda=_affine_as_one, default=_affine
+        )
+        return y, dx * scale + repeated
+
+    return normalized(*operands)
+
+
+def _affine(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Array:
+    """term + factor x. The transpose sums a cotangent g, and g x."""
+    return term + factor * x
+
+
+def _affine_as_one(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Array:
+    """The same, but the transpose sums both as the parts of one complex number.
+
+    A GPU's compiler fuses what makes g (the derivative of a relu) into all that read g, or writes g.
+    It joins sums after that: two of them make it write g, one is worth reading again what makes it.
+    """
+    shape = np.broadcast_shapes(term.shape, factor.shape)
+    both = jax.lax.complex(*(jnp.broadcast_to(v, shape) for v in (term, factor)))
+    both = jnp.broadcast_to(both, x.shape)
+    return jnp.real(both) + jnp.imag(both) * x
 
 
 def _apart(x: jax.Array) -> jax.Array:

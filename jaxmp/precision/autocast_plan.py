@@ -12,8 +12,9 @@ takes, in the order FREE < OPEN < LOW < FULL:
     form(a op b) = max(form(a), form(b)),  made LOW if a product eats it and the caller does not.
 
 So a residual stream that starts at a product stays in 16 bits, softmax is computed in float32 up to
-what a product eats (its exponentials and probabilities are kept in 16 bits), and the weights an
-optimizer hands back stay in float32. Loops take the least precision that is stable around the loop.
+what a product eats (its exponentials and probabilities are kept in 16 bits), a norm up to its bias,
+and the weights an optimizer hands back stay in float32. Loops take the least precision that is
+stable around the loop.
 """
 
 from __future__ import annotations
@@ -184,7 +185,10 @@ class Planner:
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
-            return Form.FULL, _made(Form.FULL, demand), ""
+            # A norm ends with its bias: what it gives is an activation, and so is its cotangent.
+            exact = demand & (Demand.OUTPUT | Demand.MAGNIFIED | Demand.PERIODIC)
+            is_activation = demand & PRODUCT and not exact and _adds_bias(eqn, given_as)
+            return Form.FULL, Form.LOW if is_activation else _made(Form.FULL, demand), ""
         if moves:
             if name in rules.READS_ROWS and demand & PRODUCT and not demand & Demand.OUTPUT:
                 return Form.FULL, Form.LOW, ""
@@ -311,11 +315,9 @@ def _is_awaited(eqn: Any, given_as: list[Form | None], demand: Demand) -> bool:
     """
     name = eqn.primitive.name
     masks = not demand & (Demand.OUTPUT | Demand.MAGNIFIED)
+    if (name == "select_n" and masks) or _adds_bias(eqn, given_as):
+        return False
     arrays = [(v, form) for v, form in zip(eqn.invars, given_as) if not programs.is_literal(v)]
-    if name == "select_n" and masks:
-        return False
-    if name == "add" and any(_spread(f, v, eqn) is Form.OPEN and _is_bias(v) for v, f in arrays):
-        return False
     if name in ("add", "sub") and masks and any(f is Form.OPEN and v.aval.ndim for v, f in arrays):
         return False
     return bool(demand & (Demand.FLOAT32 | Demand.OUTPUT))
@@ -352,7 +354,10 @@ def _mark_rounded(plan: Plan, outputs: Sequence[bool]) -> list[bool]:
     return [v in rounded for v in jaxpr.invars]
 
 
-def _is_bias(atom: Any) -> bool:
-    """Whether a value varies along one axis only, and is repeated along the others."""
-    shape = atom.aval.shape
-    return len(shape) > 1 and atom.aval.size == max(shape)
+def _adds_bias(eqn: Any, given_as: list[Form | None]) -> bool:
+    """Whether a parameter that varies along one axis only is added, repeated along the others."""
+    arrays = [(v, form) for v, form in zip(eqn.invars, given_as) if not programs.is_literal(v)]
+    return eqn.primitive.name == "add" and any(
+        _spread(form, v, eqn) is Form.OPEN and v.aval.ndim > 1 and v.aval.size == max(v.aval.shape)
+        for v, form in arrays
+    )
