@@ -208,13 +208,15 @@ def union(demands: Sequence[Demand]) -> Demand:
 
 
 def _scalars(jaxpr: Any) -> set:
-    """The variables that hold one number, or one number repeated."""
+    """The variables that hold one number, one number repeated, or a mask of one number and 0."""
     found = {v for v in (*jaxpr.constvars, *jaxpr.invars) if getattr(v.aval, "size", 0) == 1}
     for eqn in jaxpr.eqns:
-        repeats = eqn.primitive.name in ("broadcast_in_dim", "convert_element_type", "copy")
-        for out in eqn.outvars:
-            if getattr(out.aval, "size", 0) == 1 or (repeats and _is_scalar(eqn.invars[0], found)):
-                found.add(out)
+        name, first = eqn.primitive.name, eqn.invars[:1]
+        is_mask = name == "convert_element_type" and first[0].aval.dtype == np.bool_
+        same = first if name in ("broadcast_in_dim", "convert_element_type", "copy") else ()
+        same = eqn.invars if name in rules.SCALES else same
+        keeps = is_mask or (bool(same) and all(_is_scalar(v, found) for v in same))
+        found.update(v for v in eqn.outvars if keeps or getattr(v.aval, "size", 0) == 1)
     return found
 
 

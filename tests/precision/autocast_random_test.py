@@ -39,6 +39,9 @@ PIECES: dict[str, Callable] = {
     "log softmax": lambda x: 0.3 * jax.nn.log_softmax(x),
     "exp": lambda x: jnp.exp(-jnp.abs(x)),
     "norm": lambda x: (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 0.1),
+    "batch norm": lambda x: (
+        (x - x.mean(0, keepdims=True)) * lax.rsqrt(x.var(0, keepdims=True) + 0.1) + WEIGHT[:1]
+    ),
     "rms": lambda x: x * lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 0.1),
     "transpose": lambda x: x.T,
     "concatenate": lambda x: jnp.concatenate([x[2:], x[:2]]),
