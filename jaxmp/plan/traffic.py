@@ -9,7 +9,8 @@ and the most expensive branch of its conditionals. Instructions inside a fusion 
 count nothing. Corrections, all to what a kernel really touches:
 
 - parameters, tuples, bitcasts and constants are no kernels;
-- a slice, a dynamic slice or a gather reads what it returns, also inside a fusion or one within it;
+- a slice, a dynamic slice or a gather reads what it returns, also inside a fusion or one within it,
+  and so does arithmetic whose result is only sliced: a kernel computes the elements that are asked for;
 - a dynamic update or a scatter works in place: it touches the part that changes;
 - an asynchronous copy reads where it starts and writes where it is done;
 - scratch space of a library call counts nothing, nor do buffers in on-chip memory (TPU).
@@ -29,6 +30,12 @@ _FREE = frozenset(
 _SLICING = frozenset(["slice", "dynamic-slice", "gather"])
 _IN_PLACE = frozenset(["dynamic-update-slice", "scatter"])
 _TRANSPARENT = frozenset(["bitcast", "reshape"])
+# Each element of the result needs one element of each operand.
+_ELEMENTWISE = frozenset(
+    "abs add and atan2 broadcast clamp compare convert copy cosine divide exponential "
+    "exponential-minus-one is-finite log log-plus-one logistic maximum minimum multiply negate not or "
+    "power remainder round-nearest-even rsqrt select sign sine sqrt subtract tanh transpose xor".split()
+)
 _ON_CHIP = frozenset([1, 2, 3, 4])
 
 
@@ -119,20 +126,27 @@ def _through(body: hlo.Computation, name: str) -> list[tuple[hlo.Instruction, st
 
 def _read_bytes(module: hlo.Module, body: hlo.Computation, value: hlo.Instruction) -> int:
     """Returns the bytes of a value inside a fusion that are needed for what follows."""
-    whole = sum(a.bytes for a in value.shapes)
+    whole, count = sum(a.bytes for a in value.shapes), sum(a.elements for a in value.shapes)
     readers = _through(body, value.name)
     total = 0 if readers else whole
     for reader, name in readers:
         position = reader.operands.index(name)
         if reader.opcode in _SLICING and position == 0:
             total += _read_bytes(module, body, reader)
+        elif reader.opcode in _ELEMENTWISE:
+            # As many elements as are needed of the result, each of this value's size.
+            needed, of = _read_bytes(module, body, reader), sum(a.bytes for a in reader.shapes)
+            elements = sum(a.elements for a in reader.shapes) * needed // of if of else 0
+            total += whole * min(elements, count) // count if count else 0
         elif reader.opcode == "fusion":
             inner = _fused(module, reader)
             parameter = inner.parameters[position]
             total += _read_bytes(module, inner, parameter) if parameter.name in inner.users else 0
         elif not (reader.opcode in _IN_PLACE and position == 0):
             return whole
-    return min(total, whole)
+        if total >= whole:
+            return whole
+    return total
 
 
 def _written_bytes(module: hlo.Module, body: hlo.Computation, root: hlo.Instruction) -> int:

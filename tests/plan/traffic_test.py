@@ -173,3 +173,31 @@ PREFETCH = """ENTRY %main (x: f32[100]) -> f32[100] {
 def test_on_chip_memory_is_left_out_when_asked():
     assert moved(PREFETCH) == 4 * 400
     assert moved(PREFETCH, on_chip=True) == 2 * 400
+
+
+GATHERED = """%fused (p: bf16[100,50], b: bf16[50], i: s32[100,2]) -> f32[100] {
+  %p = bf16[100,50]{1,0} parameter(0)
+  %b = bf16[50]{0} parameter(1)
+  %i = s32[100,2]{1,0} parameter(2)
+  %r = bf16[100,50]{1,0} broadcast(%b), dimensions={1}
+  %s = bf16[100,50]{1,0} add(%p, %r)
+  %w = f32[100,50]{1,0} convert(%s)
+  %g = f32[100]{0} gather(%w, %i), offset_dims={}, collapsed_slice_dims={0,1}, slice_sizes={1,1}
+  ROOT %n = ROOT_HERE
+}
+
+ENTRY %main (a: bf16[100,50], c: bf16[50], j: s32[100,2]) -> f32[100] {
+  %a = bf16[100,50]{1,0} parameter(0)
+  %c = bf16[50]{0} parameter(1)
+  %j = s32[100,2]{1,0} parameter(2)
+  ROOT %f = f32[100]{0} fusion(%a, %c, %j), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_arithmetic_that_is_only_picked_from_reads_what_is_picked():
+    picked = GATHERED.replace("ROOT_HERE", "f32[100]{0} negate(%g)")
+    # A number of 16 bits from each row, as much of the bias at most, the places, and the result.
+    assert moved(picked) == 100 * 2 + 50 * 2 + 100 * 2 * 4 + 100 * 4
+    summed = "f32[100]{0} reduce(%w, %g), dimensions={1}, to_apply=%sum"
+    assert moved(GATHERED.replace("ROOT_HERE", summed)) == 100 * 50 * 2 + 50 * 2 + 800 + 400
