@@ -197,6 +197,14 @@ def holds_programs(eqn: Any) -> bool:
     return any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
+def operations(jaxpr: Any) -> Iterator[Any]:
+    """The operations of a program and of all programs within."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in core.jaxprs_in_params(eqn.params):
+            yield from operations(getattr(inner, "jaxpr", inner))
+
+
 def bind(eqn: Any, args: Sequence, **changes: Any) -> list:
     """The results of an operation on other operands, with some of its parameters changed."""
     params = eqn.primitive.get_bind_params({**eqn.params, **changes})

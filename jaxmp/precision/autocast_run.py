@@ -7,22 +7,29 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxmp.numerics import custom_rules
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_fused import Group, groups
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
-from jaxmp.precision.autocast_rules import TABLE, UNKNOWN, Kind, saturated
+from jaxmp.precision.autocast_rules import COMPUTED_AGAIN, TABLE, UNKNOWN, Kind, saturated
 
 _FLOAT32 = np.dtype("float32")
+_KEPT = "jaxmp.parameter"
+_REMATERIALISES = frozenset({"remat2", "checkpoint"})
 
 
 class Runner:
-    """Runs plans. Values are float32 or of the low dtype, as the forms in the plan say."""
+    """Runs plans. Values are float32 or of the low dtype, as the forms in the plan say.
 
-    def __init__(self, planner: Planner):
+    `looping` is for the bodies of loops, which keep little for their backward pass.
+    """
+
+    def __init__(self, planner: Planner, looping: bool = False):
         self.planner = planner
+        self.looping = looping
         self.dtype = planner.settings.dtype
         self._groups: dict[int, dict[int, Group]] = {}
 
@@ -110,7 +117,9 @@ class Runner:
             shape = eqn.outvars[0].aval.shape
             if 0 < np.ndim(x) == len(shape) and x.shape != shape:
                 x = jax.lax.broadcast_in_dim(x, shape, tuple(range(len(shape))))
-        return self.fit(x, step.run)
+        rounded = self.fit(x, step.run)
+        is_parameter = step.kind is Kind.LOW and form == Form.FREE and rounded is not x
+        return checkpoint_name(rounded, _KEPT) if self.looping and is_parameter else rounded
 
     def _bind(self, eqn: Any, step: Step, operands: list) -> list:
         name = eqn.primitive.name
@@ -125,11 +134,14 @@ class Runner:
         return programs.bind(eqn, operands)
 
     def _call(self, eqn: Any, step: Step, call: programs.Call, operands: list) -> list:
+        kind = call.kind
+        runner = Runner(self.planner, looping=True) if kind == "scan" else self
         functions = [
-            self._function(plan, step.results if body.gives_results else plan.outputs)
+            runner._function(plan, step.results if body.gives_results else plan.outputs)
             for plan, body in zip(step.plans, call.bodies)
         ]
-        kind = call.kind
+        if kind == "scan" and _may_forget(eqn.params["jaxpr"].jaxpr):
+            functions = [jax.checkpoint(f, policy=_keeps, prevent_cse=False) for f in functions]
         if kind == "custom_jvp_call":
             return custom_rules.with_jvp(eqn, operands, functions[0], self._jvp_rule(eqn, step))
         if kind == "custom_vjp_call":
@@ -149,7 +161,7 @@ class Runner:
 
     def _jit(self, eqn: Any, plan: Plan, function: Callable, operands: list) -> list:
         """A jit call: traced once for each plan and operands, however often it is called."""
-        key = tuple(jax.typeof(x) for x in operands)
+        key = (self.looping, *(jax.typeof(x) for x in operands))
         if key not in plan.cache:
             function.__name__ = eqn.params["name"]
             plan.cache[key] = jax.make_jaxpr(function)(*operands)
@@ -182,6 +194,17 @@ class Runner:
             inputs.append(form if programs.is_float32(variable) else None)
         demands = [NONE] * len(program.jaxpr.outvars)
         return self.run(self.planner.plan(program, inputs, demands), args)
+
+
+def _may_forget(body: Any) -> bool:
+    """Whether it is left to autocast what a loop keeps: the user did not say, and nothing would be seen."""
+    said = any(eqn.primitive.name in _REMATERIALISES for eqn in programs.operations(body))
+    return not said and not body.effects
+
+
+def _keeps(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What a loop keeps for its backward pass, as a policy of `jax.checkpoint`."""
+    return primitive.name not in COMPUTED_AGAIN
 
 
 def _cast(eqn: Any, x: Any) -> Any:
