@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision import autocast_rules as rules
@@ -30,11 +31,14 @@ class Group:
     """The places of operations that nothing else needs."""
 
 
-def groups(plan: Plan, demands: Demands) -> dict[int, Group]:
-    """The softmaxes and norms of a program that are run as one, by the place of their last operation."""
+def groups(plan: Plan, demands: Demands, run: Callable[[Plan, Sequence], list]) -> dict[int, Group]:
+    """What of a program is run as one, by the place of its last operation: softmaxes, norms, activations.
+
+    `run(plan, operands)` gives the results of a part of the program.
+    """
     finder = _Finder(plan, demands)
     find = {"div": finder.softmax, "mul": finder.normalized, "add": finder.shifted}
-    found = {}
+    found = finder.activations(run)
     for place, eqn in enumerate(plan.program.jaxpr.eqns):
         group = find[eqn.primitive.name](place) if eqn.primitive.name in find else None
         if group is not None:
@@ -47,7 +51,7 @@ class _Finder:
 
     def __init__(self, plan: Plan, demands: Demands):
         jaxpr = plan.program.jaxpr
-        self.eqns, self.steps, self.demands = jaxpr.eqns, plan.steps, demands
+        self.jaxpr, self.eqns, self.steps, self.demands = jaxpr, jaxpr.eqns, plan.steps, demands
         self.maker = {v: place for place, eqn in enumerate(self.eqns) for v in eqn.outvars}
         read = [v for eqn in self.eqns for v in eqn.invars] + list(jaxpr.outvars)
         self.uses = collections.Counter(v for v in read if not programs.is_literal(v))
@@ -113,6 +117,52 @@ class _Finder:
             run = functools.partial(_normalized, [self.eqns[i] for i in (*inner, place)])
             return Group(run, [*group.reads, (place, 1 - i)], inner)
         return None
+
+    def activations(self, run: Callable[[Plan, Sequence], list]) -> dict[int, Group]:
+        """Functions of one 16-bit array that multiply it by what is dear to compute of it: gelu, silu."""
+        found = {}
+        for x, places in self.functions_of_one().items():
+            part = [self.eqns[place] for place in places]
+            reads = collections.Counter(
+                v for eqn in part for v in eqn.invars if not programs.is_literal(v)
+            )
+            results = [eqn.outvars[0] for eqn in part]
+            given = [v for v in results if self.uses[v] > reads[v]]
+            is_dear = any(eqn.primitive.name in rules.DEAR for eqn in part)
+            if is_dear and reads[x] > 1 and given == results[-1:]:
+                function = functools.partial(run, self.part(x, places))
+                first = next(place for place in places if x in self.operands(place))
+                read = (first, self.operands(first).index(x))
+                found[places[-1]] = Group(
+                    functools.partial(_activation, function), [read], places[:-1]
+                )
+        return found
+
+    def functions_of_one(self) -> dict[Any, list[int]]:
+        """16-bit arrays, and the places of arithmetic on each of them, numbers and its own results alone."""
+        array_of: dict[Any, Any] = {}
+        places = collections.defaultdict(list)
+        for place, (eqn, step) in enumerate(zip(self.eqns, self.steps)):
+            read = {array_of.get(v, v) for v in self.operands(place) if v is not None}
+            if eqn.primitive.name not in rules.ARITHMETIC or step.run != Form.LOW or len(read) != 1:
+                continue
+            (x,) = read
+            if step.results == [Form.LOW] and x.aval.shape == eqn.outvars[0].aval.shape:
+                array_of[eqn.outvars[0]] = x
+                places[x].append(place)
+        return places
+
+    def operands(self, place: int) -> list:
+        """The variables that an operation reads, None where it reads a number."""
+        return [None if programs.is_literal(v) else v for v in self.eqns[place].invars]
+
+    def part(self, x: Any, places: list[int]) -> Plan:
+        """The plan of operations on a 16-bit array, the last of which gives the result."""
+        eqns = [self.eqns[place] for place in places]
+        info = self.jaxpr.debug_info._replace(arg_names=(None,), result_paths=("",))
+        jaxpr = core.Jaxpr((), [x], eqns[-1].outvars, eqns, set(), info)
+        steps = [self.steps[place] for place in places]
+        return Plan(programs.Program(jaxpr), [Form.LOW], steps, [Form.LOW], [False])
 
     def shares(self, place: int, factor: Any) -> bool:
         """Whether all from which the same is taken in a difference share a factor (or a term) as well."""
@@ -214,14 +264,31 @@ def _affine_as_one(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Arra
     return jnp.real(both) + jnp.imag(both) * x
 
 
+def _activation(function: Callable[[Sequence], list], x: jax.Array) -> jax.Array:
+    """x times something of x, of which nothing but x is kept for its derivative."""
+
+    @jax.custom_jvp
+    def activation(x: jax.Array) -> jax.Array:
+        return function([x])[0]
+
+    @activation.defjvp
+    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+        again = lambda x: function([_apart(x)])[0]
+        return function(primals)[0], jax.jvp(again, primals, tangents)[1]
+
+    return activation(x)
+
+
 def _apart(x: jax.Array) -> jax.Array:
     """x for the backward pass, which a GPU's compiler does not see to be the x of the forward pass.
 
-    Where both passes read one sum, it writes a kernel for that sum, which reads all of x once more;
-    by itself each pass takes the sum on its way. A TPU's compiler keeps exponentials, and shares them.
+    Where both passes read one sum, it writes a kernel for that sum, which reads all of x once more,
+    and what is dear to compute it writes once for both; by itself each pass computes it on its way. A
+    TPU's compiler keeps exponentials, and shares them.
     """
-    hidden = lambda: jax.lax.optimization_barrier(np.float32(1))
-    return x * jax.lax.platform_dependent(cuda=hidden, default=lambda: np.float32(1))
+    one = np.ones((), x.dtype)
+    hidden = lambda: jax.lax.optimization_barrier(one)
+    return x * jax.lax.platform_dependent(cuda=hidden, default=lambda: one)
 
 
 def _wide(x: jax.Array) -> jax.Array:

@@ -159,13 +159,17 @@ COMPARES = frozenset("eq ne lt le gt ge eq_to lt_to le_to is_finite".split())
 POOLS = frozenset({"reduce_sum", "reduce_window_sum"})
 # Reading rows of a table makes an activation out of a parameter.
 READS_ROWS = frozenset({"gather", "dynamic_slice"})
-# A loop computes these again for its backward pass, from the products, sums and rounded parameters
-# that it keeps. XLA does so where there is no loop; what one round leaves to another is fixed by JAX.
-COMPUTED_AGAIN = frozenset(
+# Results whose derivative is dear to compute again.
+DEAR = SATURATES | {"erfc"}
+ARITHMETIC = frozenset(
     "add add_any sub mul div max min neg abs sign floor ceil round clamp select_n copysign tanh "
     "logistic erf erfc square integer_pow one_minus_square exp exp2 expm1 log log1p log2 pow sqrt rsqrt "
-    "cbrt sin cos convert_element_type broadcast_in_dim reshape squeeze expand_dims transpose copy "
-    "stop_gradient".split()
+    "cbrt sin cos convert_element_type copy".split()
+)
+# A loop computes these again for its backward pass, from the products, sums and rounded parameters
+# that it keeps. XLA does so where there is no loop; what one round leaves to another is fixed by JAX.
+COMPUTED_AGAIN = ARITHMETIC | frozenset(
+    "broadcast_in_dim reshape squeeze expand_dims transpose stop_gradient".split()
 )
 
 _NAMES = {kind.value: kind for kind in (Kind.LOW, Kind.FLOAT32, Kind.WIDEST, Kind.ORIGINAL)}

@@ -78,8 +78,13 @@ class Runner:
 
     def _fused(self, plan: Plan) -> dict[int, Group]:
         if id(plan) not in self._groups:
-            self._groups[id(plan)] = groups(plan, self.planner.demands)
+            self._groups[id(plan)] = groups(plan, self.planner.demands, self._run_part)
         return self._groups[id(plan)]
+
+    def _run_part(self, part: Plan, operands: Sequence) -> list:
+        """The results of a part of a program, which has no groups of its own."""
+        self._groups[id(part)] = {}
+        return self.run(part, operands)
 
     def fit(self, value: Any, form: Form | None) -> Any:
         """The value in the dtype of a form; other than float32 values have none, and stay."""

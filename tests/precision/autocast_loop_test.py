@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.extend import core
 
+from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast import autocast, full_precision
 
 RNG = np.random.default_rng(0)
@@ -48,16 +48,7 @@ WEIGHTS = (UP, DOWN, SCALE)
 
 
 def operations(fn: Callable, *args) -> list:
-    found = []
-
-    def walk(jaxpr) -> None:
-        for eqn in jaxpr.eqns:
-            found.append(eqn)
-            for inner in core.jaxprs_in_params(eqn.params):
-                walk(getattr(inner, "jaxpr", inner))
-
-    walk(jax.make_jaxpr(fn)(*args).jaxpr)
-    return found
+    return list(programs.operations(jax.make_jaxpr(fn)(*args).jaxpr))
 
 
 def kept(fn: Callable) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast import autocast, full_precision
 
 RNG = np.random.default_rng(0)
@@ -112,9 +113,10 @@ def test_what_a_norm_gives_is_16_bit_on_its_way_to_a_product_alone(name):
             y = norm(*args)
             return tail(y * jax.lax.logistic(y))
 
-        eqns = jax.make_jaxpr(autocast(fn, "bfloat16"))(X, SCALE, BIAS).eqns
-        (activation,) = (eqn for eqn in eqns if eqn.primitive.name == "logistic")
-        return activation.outvars[0].aval.dtype.name
+        traced = jax.make_jaxpr(autocast(fn, "bfloat16"))(X, SCALE, BIAS).jaxpr
+        found = [e for e in programs.operations(traced) if e.primitive.name == "logistic"]
+        (dtype,) = {eqn.outvars[0].aval.dtype.name for eqn in found}
+        return dtype
 
     assert run_in(lambda y: y @ weight) == "bfloat16"
     assert run_in(lambda y: y.mean(1) @ weight) == "bfloat16"
