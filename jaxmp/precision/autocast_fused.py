@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,25 @@ class Group:
     """The places of operations that nothing else needs."""
 
 
+class Part(NamedTuple):
+    """Operations on 16-bit arrays that give one more, as a program of their own."""
+
+    inputs: list
+    eqns: list
+    steps: list
+    reads: list[tuple[int, int]]
+    """As in a `Group`, and so is `inner`."""
+    inner: list[int]
+
+    def plan(self, debug_info: Any) -> Plan:
+        """Its plan; `debug_info` is that of the program that it is of."""
+        names = (None,) * len(self.inputs)
+        info = debug_info._replace(arg_names=names, result_paths=("",))
+        jaxpr = core.Jaxpr((), self.inputs, self.eqns[-1].outvars, self.eqns, set(), info)
+        forms: list[Form | None] = [Form.LOW] * len(self.inputs)
+        return Plan(programs.Program(jaxpr), forms, self.steps, [Form.LOW], [False])
+
+
 def groups(plan: Plan, demands: Demands, run: Callable[[Plan, Sequence], list]) -> dict[int, Group]:
     """What of a program is run as one, by the place of its last operation: softmaxes, norms, activations.
 
@@ -38,7 +57,10 @@ def groups(plan: Plan, demands: Demands, run: Callable[[Plan, Sequence], list]) 
     """
     finder = _Finder(plan, demands)
     find = {"div": finder.softmax, "mul": finder.normalized, "add": finder.shifted}
-    found = finder.activations(run)
+    found = {}
+    for place, part in finder.activations().items():
+        inner = part.plan(plan.program.jaxpr.debug_info)
+        found[place] = Group(functools.partial(_activation, run, inner), part.reads, part.inner)
     for place, eqn in enumerate(plan.program.jaxpr.eqns):
         group = find[eqn.primitive.name](place) if eqn.primitive.name in find else None
         if group is not None:
@@ -118,25 +140,54 @@ class _Finder:
             return Group(run, [*group.reads, (place, 1 - i)], inner)
         return None
 
-    def activations(self, run: Callable[[Plan, Sequence], list]) -> dict[int, Group]:
+    def activations(self) -> dict[int, Part]:
         """Functions of one 16-bit array that multiply it by what is dear to compute of it: gelu, silu."""
         found = {}
         for x, places in self.functions_of_one().items():
-            part = [self.eqns[place] for place in places]
+            eqns = [self.eqns[place] for place in places]
             reads = collections.Counter(
-                v for eqn in part for v in eqn.invars if not programs.is_literal(v)
+                v for eqn in eqns for v in eqn.invars if not programs.is_literal(v)
             )
-            results = [eqn.outvars[0] for eqn in part]
+            results = [eqn.outvars[0] for eqn in eqns]
             given = [v for v in results if self.uses[v] > reads[v]]
-            is_dear = any(eqn.primitive.name in rules.DEAR for eqn in part)
+            is_dear = any(eqn.primitive.name in rules.DEAR for eqn in eqns)
             if is_dear and reads[x] > 1 and given == results[-1:]:
-                function = functools.partial(run, self.part(x, places))
                 first = next(place for place in places if x in self.operands(place))
                 read = (first, self.operands(first).index(x))
-                found[places[-1]] = Group(
-                    functools.partial(_activation, function), [read], places[:-1]
-                )
+                steps = [self.steps[place] for place in places]
+                found[places[-1]] = Part([x], eqns, steps, [read], places[:-1])
+        return {**found, **self.gated(found)}
+
+    def gated(self, activations: dict[int, Part]) -> dict[int, Part]:
+        """Activations that are multiplied by another 16-bit array, and read by nothing else."""
+        found = {}
+        for place, (eqn, step) in enumerate(zip(self.eqns, self.steps)):
+            if eqn.primitive.name != "mul" or step.operands != [Form.LOW, Form.LOW]:
+                continue
+            for i, v in enumerate(self.operands(place)):
+                index = self.maker.get(v) if self.uses[v] == 1 else None
+                gate = eqn.invars[1 - i]
+                part = None if index is None else activations.get(index) or self.called(index)
+                if part is None or programs.is_literal(gate) or gate.aval.shape != v.aval.shape:
+                    continue
+                operands = [part.eqns[-1].outvars[0] if u is v else u for u in eqn.invars]
+                eqns, steps = [*part.eqns, eqn.replace(invars=operands)], [*part.steps, step]
+                reads, inner = [*part.reads, (place, 1 - i)], [*part.inner, index]
+                found[place] = Part([*part.inputs, gate], eqns, steps, reads, inner)
         return found
+
+    def called(self, place: int) -> Part | None:
+        """An activation that is a program of its own, as part of this one."""
+        step = self.steps[place]
+        if step.call is None or step.call.kind != "jit":
+            return None
+        (plan,) = step.plans
+        activations = _Finder(plan, self.demands).activations()
+        inside = plan.program.jaxpr
+        part = activations.get(len(inside.eqns) - 1)
+        if part is None or part.inputs != inside.invars or part.eqns != inside.eqns:
+            return None
+        return part._replace(reads=[(place, 0)], inner=[])
 
     def functions_of_one(self) -> dict[Any, list[int]]:
         """16-bit arrays, and the places of arithmetic on each of them, numbers and its own results alone."""
@@ -155,14 +206,6 @@ class _Finder:
     def operands(self, place: int) -> list:
         """The variables that an operation reads, None where it reads a number."""
         return [None if programs.is_literal(v) else v for v in self.eqns[place].invars]
-
-    def part(self, x: Any, places: list[int]) -> Plan:
-        """The plan of operations on a 16-bit array, the last of which gives the result."""
-        eqns = [self.eqns[place] for place in places]
-        info = self.jaxpr.debug_info._replace(arg_names=(None,), result_paths=("",))
-        jaxpr = core.Jaxpr((), [x], eqns[-1].outvars, eqns, set(), info)
-        steps = [self.steps[place] for place in places]
-        return Plan(programs.Program(jaxpr), [Form.LOW], steps, [Form.LOW], [False])
 
     def shares(self, place: int, factor: Any) -> bool:
         """Whether all from which the same is taken in a difference share a factor (or a term) as well."""
@@ -264,19 +307,19 @@ def _affine_as_one(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Arra
     return jnp.real(both) + jnp.imag(both) * x
 
 
-def _activation(function: Callable[[Sequence], list], x: jax.Array) -> jax.Array:
-    """x times something of x, of which nothing but x is kept for its derivative."""
+def _activation(run: Callable, part: Plan, *operands: jax.Array) -> jax.Array:
+    """x times something of x, perhaps times a gate: they alone are kept for its derivative."""
 
     @jax.custom_jvp
-    def activation(x: jax.Array) -> jax.Array:
-        return function([x])[0]
+    def activation(*operands: jax.Array) -> jax.Array:
+        return run(part, operands)[0]
 
     @activation.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        again = lambda x: function([_apart(x)])[0]
-        return function(primals)[0], jax.jvp(again, primals, tangents)[1]
+        again = lambda x, *gate: run(part, [_apart(x), *gate])[0]
+        return run(part, primals)[0], jax.jvp(again, primals, tangents)[1]
 
-    return activation(x)
+    return activation(*operands)
 
 
 def _apart(x: jax.Array) -> jax.Array:

@@ -30,6 +30,12 @@ ACTIVATIONS: dict[str, tuple[Callable, int]] = {
     "written out": (lambda x: x * jax.nn.sigmoid(1.702 * x), 1),
     "twice": (lambda x: jax.nn.silu(jax.nn.gelu(x) @ EYE.astype(x.dtype)), 2),
     "of the same": (lambda x: jax.nn.silu(x) - jax.nn.gelu(x), 2),
+    "gated": (lambda x: jax.nn.silu(x) * (x @ EYE[::-1].astype(x.dtype)), 1),
+    "gated, written out": (
+        lambda x: (x[:, ::-1] @ EYE.astype(x.dtype)) * (x * jax.lax.logistic(x)),
+        1,
+    ),
+    "gated, and read": (lambda x: (y := jax.nn.silu(x)) * x[::-1] + y, 1),
     # The derivative needs the result alone, or another array, or nothing dear.
     "tanh": (jnp.tanh, 0),
     "cap": (lambda x: 2 * jnp.tanh(x / 2), 0),
