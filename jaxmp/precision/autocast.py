@@ -44,6 +44,8 @@ def autocast(
     that the caller gave and would have got. Only float32 is changed: float64, integers, keys
     and explicit casts are left alone. As under `jit`, the arrays in the arguments are traced,
     so Python code cannot branch on their values; all else (flags, strings, numbers) is static.
+    A `scan` keeps products, sums and rounded parameters for its backward pass and computes the
+    arithmetic between them again, unless a `jax.checkpoint` inside it, or an effect, says otherwise.
 
     Args:
       dtype: `"bfloat16"`, `"float16"` (scale the loss then), or a `Policy` or its string, whose

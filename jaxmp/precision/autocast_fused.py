@@ -1,4 +1,9 @@
-"""Operations that autocast runs as one, for a derivative that keeps or reads less than theirs would."""
+"""Operations that autocast runs as one, for a derivative that keeps or reads less than theirs would.
+
+Found in a program and its plan: a softmax for a product, a norm's (x - mean) scale + bias, a gelu or
+silu, perhaps with the gate that it multiplies. What a GPU's compiler would else write to memory
+twice is told apart, or told as one, for that compiler alone (`jax.lax.platform_dependent`).
+"""
 
 from __future__ import annotations
 
@@ -73,7 +78,7 @@ class _Finder:
 
     def __init__(self, plan: Plan, demands: Demands):
         jaxpr = plan.program.jaxpr
-        self.jaxpr, self.eqns, self.steps, self.demands = jaxpr, jaxpr.eqns, plan.steps, demands
+        self.eqns, self.steps, self.demands = jaxpr.eqns, plan.steps, demands
         self.maker = {v: place for place, eqn in enumerate(self.eqns) for v in eqn.outvars}
         read = [v for eqn in self.eqns for v in eqn.invars] + list(jaxpr.outvars)
         self.uses = collections.Counter(v for v in read if not programs.is_literal(v))
