@@ -159,8 +159,9 @@ COMPARES = frozenset("eq ne lt le gt ge eq_to lt_to le_to is_finite".split())
 POOLS = frozenset({"reduce_sum", "reduce_window_sum"})
 # Reading rows of a table makes an activation out of a parameter.
 READS_ROWS = frozenset({"gather", "dynamic_slice"})
-# Results whose derivative is dear to compute again.
+# Dear to compute: XLA does it once for all that read the result, and so may write it to memory.
 DEAR = SATURATES | {"erfc"}
+# Each number of the result is made of one number of each operand.
 ARITHMETIC = frozenset(
     "add add_any sub mul div max min neg abs sign floor ceil round clamp select_n copysign tanh "
     "logistic erf erfc square integer_pow one_minus_square exp exp2 expm1 log log1p log2 pow sqrt rsqrt "
