@@ -1,8 +1,7 @@
-"""Operations that autocast runs as one, for a derivative that keeps or reads less than theirs would.
+"""Finds what autocast runs as one operation, for a derivative that keeps or reads less than theirs.
 
-Found in a program and its plan: a softmax for a product, a norm's (x - mean) scale + bias, a gelu or
-silu, perhaps with the gate that it multiplies. What a GPU's compiler would else write to memory
-twice is told apart, or told as one, for that compiler alone (`jax.lax.platform_dependent`).
+In a program and its plan: a softmax for a product, a norm's (x - mean) scale + bias, a gelu or silu,
+perhaps with the gate that it multiplies. `autocast_derivatives` says how they are run.
 """
 
 from __future__ import annotations
@@ -10,18 +9,25 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
 from jaxmp.numerics import jaxpr as programs
+from jaxmp.precision import autocast_derivatives as derivatives
 from jaxmp.precision import autocast_rules as rules
 from jaxmp.precision.autocast_demand import Demands
-from jaxmp.precision.autocast_plan import Form, Plan
+from jaxmp.precision.autocast_plan import Form, Plan, Step
+
+# Rows of 2304 logits a TPU's compiler still fused with the product before them (v5e, v6e; some of 4096
+# too). Of longer ones it would write the exponentials, where it computes those of float32 again.
+_SHORT = 2048
+# What there may be between a maximum and where it is subtracted; `max` is one with -infinity.
+_AROUND_A_MAXIMUM = rules.REPEATS | {"stop_gradient", "max"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +71,8 @@ def groups(plan: Plan, demands: Demands, run: Callable[[Plan, Sequence], list]) 
     found = {}
     for place, part in finder.activations().items():
         inner = part.plan(plan.program.jaxpr.debug_info)
-        found[place] = Group(functools.partial(_activation, run, inner), part.reads, part.inner)
+        again = functools.partial(derivatives.activation, functools.partial(run, inner))
+        found[place] = Group(again, part.reads, part.inner)
     for place, eqn in enumerate(plan.program.jaxpr.eqns):
         group = find[eqn.primitive.name](place) if eqn.primitive.name in find else None
         if group is not None:
@@ -114,10 +121,57 @@ class _Finder:
             return None
         if self.eqns[total].invars[0] is not above:
             return None
-        inner = [exponential, total, *parts]
-        eqns = [self.eqns[i] for i in (*inner, place)]
-        run = functools.partial(_softmax, eqns, self.demands.settings.dtype)
-        return Group(run, [(exponential, 0)], inner)
+        shift = self.shift(exponential, total)
+        inner = [*shift, exponential, total, *parts]
+        reads = [(shift[0], 0), (shift[0], 1)] if shift else [(exponential, 0)]
+        terms, sums = (
+            [self.eqns[i] for i in places] for places in ((*shift, exponential), (total, *parts))
+        )
+        dtype = self.demands.settings.dtype
+        is_low = bool(shift) and self.steps[shift[0]].operands[0] == Form.LOW
+        run = functools.partial(derivatives.softmax, terms, sums, self.eqns[place], dtype, is_low)
+        return Group(run, reads, inner)
+
+    def shift(self, exponential: int, total: int) -> list[int]:
+        """The place of x - max(x) before an exponential, if a TPU's is written in 16 bits.
+
+        Where x is 16-bit and rows are short, so that all this is fused with the product that makes x,
+        or where x is what a cap gives, masked perhaps.
+        """
+        index = self.made_by(self.eqns[exponential].invars[0], frozenset({"sub"}), 1)
+        if index is None:
+            return []
+        x, taken = self.eqns[index].invars
+        highest, axes = self.maximum(taken), self.eqns[total].params["axes"]
+        if highest is None or highest.invars[0] is not x or highest.params["axes"] != axes:
+            return []
+        is_low = self.steps[index].operands[0] == Form.LOW
+        is_short = math.prod(x.aval.shape[i] for i in axes) <= _SHORT
+        return [index] if (is_low and is_short) or self.is_capped(index, 0) else []
+
+    def maximum(self, atom: Any) -> Any:
+        """The `reduce_max` that an atom is the result of, repeated perhaps; None if it is not."""
+        while not programs.is_literal(atom) and atom in self.maker:
+            eqn = self.eqns[self.maker[atom]]
+            if eqn.primitive.name == "reduce_max":
+                return eqn
+            arrays = [v for v in eqn.invars if not programs.is_literal(v)]
+            if eqn.primitive.name not in _AROUND_A_MAXIMUM or len(arrays) != 1:
+                return None
+            (atom,) = arrays
+        return None
+
+    def is_capped(self, place: int, i: int) -> bool:
+        """Whether an operand of an operation is the 16-bit result of a tanh, scaled and masked in float32."""
+        maker = self.maker.get(self.eqns[place].invars[i])
+        if maker is None:
+            return False
+        name, operands = self.eqns[maker].primitive.name, self.steps[maker].operands
+        if name in rules.SATURATES:
+            return self.steps[maker].results == [Form.LOW]
+        arrays = [j for j, form in enumerate(operands) if form not in (None, Form.OPEN)]
+        passes = name in rules.SCALES | {"select_n"} or _is_masking(self.steps[maker])
+        return passes and len(arrays) == 1 and self.is_capped(maker, *arrays)
 
     def normalized(self, place: int) -> Group | None:
         """16-bit activations less a mean, times a scale that is one for all that share the mean."""
@@ -128,7 +182,7 @@ class _Finder:
                 continue
             is_low = self.steps[index].operands[0] == Form.LOW
             if is_low and self.shares(index, scale):
-                run = functools.partial(_normalized, [self.eqns[index], eqn])
+                run = functools.partial(derivatives.normalized, [self.eqns[index], eqn])
                 return Group(run, [(index, 0), (index, 1), (place, 1 - i)], [index])
         return None
 
@@ -141,7 +195,7 @@ class _Finder:
             if group is None or not self.is_wide(place) or not self.shares(group.inner[0], bias):
                 continue
             inner = [*group.inner, index]
-            run = functools.partial(_normalized, [self.eqns[i] for i in (*inner, place)])
+            run = functools.partial(derivatives.normalized, [self.eqns[i] for i in (*inner, place)])
             return Group(run, [*group.reads, (place, 1 - i)], inner)
         return None
 
@@ -221,123 +275,9 @@ class _Finder:
         return all(m == n or (m == 1 and f == 1) for n, m, f in shapes)
 
 
-def _softmax(eqns: Sequence, dtype: np.dtype, x: jax.Array) -> jax.Array:
-    """A softmax, summed in float32, that keeps no float32 array as large as x for its derivative.
-
-        y = e / s,    dy = e (dx - sum(e dx) / s) / s,    e = exp(x),    s = sum(e)
-
-    `eqns` are the exponential, its sum, what repeats that sum, and the division. Both e and y are
-    kept, in 16 bits: arithmetic reads e, products read y. Were y read by both, a TPU's compiler would
-    copy it from the layout of the one into that of the other in every round of a loop. And all of it
-    is made of e as rounded: were e summed or divided before, that compiler would keep it in float32.
-    """
-    exponential, *sums, division = eqns
-
-    def total(terms: jax.Array) -> jax.Array:
-        for eqn in sums:
-            (terms,) = programs.bind(eqn, [terms])
-        return terms
-
-    def parts(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        above = programs.convert(programs.bind(exponential, [x])[0], dtype)
-        wide = _wide(above)
-        below = total(wide)
-        (y,) = programs.bind(division, [wide, below])
-        return programs.convert(y, dtype), above, below
-
-    @jax.custom_jvp
-    def softmax(x: jax.Array) -> jax.Array:
-        return parts(x)[0]
-
-    @softmax.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        y = parts(*primals)[0]
-        _, above, below = parts(_apart(*primals))
-        dx = programs.convert(tangents[0], dtype)
-        mean = total(_wide(above * dx)) / below
-        moved = (_wide(dx) - mean) / below
-        return y, above * programs.convert(moved, dtype)
-
-    return softmax(x)
-
-
-def _normalized(eqns: Sequence, *operands: jax.Array) -> jax.Array:
-    """(x - mean) scale + bias, whose cotangent g is summed once for the mean and the bias.
-
-    JAX would sum -g scale for the mean, g for the bias and g (x - mean) for the scale. The scale is
-    the same in all terms of the first sum; taken out of it, it leaves two sums for each channel of
-    a BatchNorm. `eqns` are the difference, the product and, if there is a bias, the sum.
-    """
-    difference, product, *shift = eqns
-
-    def parts(x: jax.Array, mean: jax.Array, scale: jax.Array, *bias: jax.Array) -> list:
-        (centered,) = programs.bind(difference, [x, mean])
-        (y,) = programs.bind(product, [centered, scale])
-        for eqn in shift:
-            (y,) = programs.bind(eqn, [y, *bias])
-        return [y, centered]
-
-    @jax.custom_jvp
-    def normalized(*operands: jax.Array) -> jax.Array:
-        return parts(*operands)[0]
-
-    @normalized.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        scale = primals[2]
-        dx, dmean, dscale, *dbias = tangents
-        y, centered = parts(*primals)
-        moved = sum(dbias, -(dmean * scale))
-        repeated = jax.lax.platform_dependent(
-            moved, dscale, centered, cuda=_affine_as_one, default=_affine
-        )
-        return y, dx * scale + repeated
-
-    return normalized(*operands)
-
-
-def _affine(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Array:
-    """term + factor x. The transpose sums a cotangent g, and g x."""
-    return term + factor * x
-
-
-def _affine_as_one(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Array:
-    """The same, but the transpose sums both as the parts of one complex number.
-
-    A GPU's compiler fuses what makes g (the derivative of a relu) into all that read g, or writes g.
-    It joins sums after that: two of them make it write g, one is worth reading again what makes it.
-    """
-    shape = np.broadcast_shapes(term.shape, factor.shape)
-    both = jax.lax.complex(*(jnp.broadcast_to(v, shape) for v in (term, factor)))
-    both = jnp.broadcast_to(both, x.shape)
-    return jnp.real(both) + jnp.imag(both) * x
-
-
-def _activation(run: Callable, part: Plan, *operands: jax.Array) -> jax.Array:
-    """x times something of x, perhaps times a gate: they alone are kept for its derivative."""
-
-    @jax.custom_jvp
-    def activation(*operands: jax.Array) -> jax.Array:
-        return run(part, operands)[0]
-
-    @activation.defjvp
-    def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        again = lambda x, *gate: run(part, [_apart(x), *gate])[0]
-        return run(part, primals)[0], jax.jvp(again, primals, tangents)[1]
-
-    return activation(*operands)
-
-
-def _apart(x: jax.Array) -> jax.Array:
-    """x for the backward pass, which a GPU's compiler does not see to be the x of the forward pass.
-
-    Where both passes read one sum, it writes a kernel for that sum, which reads all of x once more,
-    and what is dear to compute it writes once for both; by itself each pass computes it on its way. A
-    TPU's compiler keeps exponentials, and shares them.
-    """
-    one = np.ones((), x.dtype)
-    hidden = lambda: jax.lax.optimization_barrier(one)
-    return x * jax.lax.platform_dependent(cuda=hidden, default=lambda: one)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return programs.convert(x, np.dtype("float32"))
+def _is_masking(step: Step) -> bool:
+    """Whether an operation is a `where`: a call of a program that repeats and selects."""
+    if step.call is None or step.call.kind != "jit":
+        return False
+    names = {eqn.primitive.name for eqn in step.plans[0].program.jaxpr.eqns}
+    return names <= {"select_n", "broadcast_in_dim", "convert_element_type"}

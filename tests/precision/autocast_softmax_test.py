@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -65,17 +66,23 @@ def kept(fn: Callable, dtype: str) -> list[str]:
 
 @pytest.mark.parametrize(("fn", "fused"), SOFTMAXES.values(), ids=SOFTMAXES)
 def test_value_and_both_derivatives_are_those_of_float64(fn, fused):
+    agrees_with_float64(fn, X)
+
+
+def agrees_with_float64(fn: Callable, x: np.ndarray, within: float = 2**-7) -> None:
+    """Compares the value of fn(x, V), its pullback of G and its derivative along x."""
+
     def all_of_it(fn, x, v, g):
         out, pullback = jax.vjp(fn, x, v)
         return (out, *pullback(g), jax.jvp(lambda x: fn(x, v), (x,), (x,))[1])
 
-    found = jax.jit(lambda *args: all_of_it(autocast(fn), *args))(X, V, G)
+    found = jax.jit(lambda *args: all_of_it(autocast(fn), *args))(x, V, G)
     with jax.enable_x64(True):
-        wide = (a.astype(np.float64) for a in (X, V, G))
+        wide = (a.astype(np.float64) for a in (x, V, G))
         expected = jax.jit(lambda *args: all_of_it(fn, *args))(*wide)
     for ours, theirs in zip(found, map(np.asarray, expected), strict=True):
         assert ours.dtype == jnp.float32 and theirs.dtype == np.float64
-        assert np.linalg.norm(ours - theirs) < 2**-7 * np.linalg.norm(theirs)
+        assert np.linalg.norm(ours - theirs) < within * np.linalg.norm(theirs)
 
 
 @pytest.mark.parametrize("name", [name for name, (_, fused) in SOFTMAXES.items() if fused])
@@ -113,6 +120,99 @@ def test_what_the_caller_gets_is_no_16_bit_softmax():
     np.testing.assert_allclose(out[0].sum(-1), 1, rtol=1e-6)
 
 
+# On a TPU
+
+MASK = np.tri(12, dtype=bool)
+ONE_ROW_LESS = MASK & (np.arange(12) != 3)[:, None]
+LOWEST = np.finfo(np.float32).min
+
+
+def attention(v, logits):
+    return jax.nn.softmax(logits) @ v
+
+
+def capped(x: jax.Array) -> jax.Array:
+    return 5 * jnp.tanh(x @ x.T / 5)
+
+
+# And whether x - max and its exponential are written in 16 bits there.
+ON_A_TPU: dict[str, tuple[Callable, bool]] = {
+    "a product": (lambda x, v: attention(v, x @ x.T), True),
+    "masked": (lambda x, v: attention(v, jnp.where(MASK, x @ x.T, LOWEST)), True),
+    "a maximum by hand": (lambda x, v: by_hand(x @ x.T, v), True),
+    "capped": (lambda x, v: attention(v, capped(x)), True),
+    "capped and masked": (lambda x, v: attention(v, jnp.where(MASK, capped(x), LOWEST)), True),
+    "capped, masked by -inf": (
+        lambda x, v: attention(v, jnp.where(MASK, capped(x), -jnp.inf)),
+        True,
+    ),
+    "given": (lambda x, v: attention(v, x), False),
+    "scaled": (lambda x, v: attention(v, x @ x.T / 3), False),
+    "a float32 product": (lambda x, v: attention(v, full_precision(jnp.dot)(x, x.T)), False),
+    "another shift": (
+        lambda x, v: shifted(x @ x.T, v, jax.nn.logsumexp(x @ x.T, -1, keepdims=True)),
+        False,
+    ),
+    "the maximum of all": (lambda x, v: shifted(x @ x.T, v, jnp.max(x @ x.T)), False),
+}
+
+
+def shifted(x: jax.Array, v: jax.Array, shift: jax.Array) -> jax.Array:
+    above = jnp.exp(x - shift)
+    return above / jnp.sum(above, -1, keepdims=True) @ v
+
+
+def by_hand(x: jax.Array, v: jax.Array) -> jax.Array:
+    return shifted(x, v, jnp.max(x, -1)[:, None])
+
+
+def exponentials(fn: Callable, platform: str, *args: np.ndarray) -> set[str]:
+    """The dtypes of the exponentials of matrices in the program for a platform."""
+    text = jax.jit(autocast(fn)).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return set(re.findall(r"stablehlo.exponential .*: tensor<\d+x\d+x(\w+)>", text))
+
+
+@pytest.mark.parametrize(("fn", "narrow"), ON_A_TPU.values(), ids=ON_A_TPU)
+def test_on_a_tpu_alone_the_exponential_is_written_in_16_bits(fn, narrow):
+    assert exponentials(fn, "tpu", X, V) == {"bf16" if narrow else "f32"}
+    for platform in ("cuda", "cpu"):
+        assert exponentials(fn, platform, X, V) == {"f32"}
+
+
+def test_on_a_tpu_long_rows_are_written_in_float32():
+    fn = lambda x, v: attention(v, x @ v.T)
+    arrays = {rows: np.ones((rows, 2), np.float32) for rows in (2048, 4096)}
+    dtypes = [exponentials(fn, "tpu", X[:, :2], arrays[rows]) for rows in arrays]
+    assert dtypes == [{"bf16"}, {"f32"}]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, narrow) in ON_A_TPU.items() if narrow])
+def test_what_runs_on_a_tpu_is_a_softmax(name, as_on_a_tpu):
+    # Two roundings more than above, of logits of 2 at most: the product's and the cap's.
+    agrees_with_float64(ON_A_TPU[name][0], X / 3, within=2**-6)
+    assert as_on_a_tpu
+
+
+@pytest.mark.parametrize("fill", [LOWEST, -np.inf])
+def test_a_row_masked_altogether_is_on_a_tpu_what_it_is_elsewhere(fill, as_on_a_tpu):
+    fn = lambda x, v: attention(v, jnp.where(ONE_ROW_LESS, capped(x), fill))
+    np.testing.assert_allclose(autocast(fn)(X, V), fn(X, V), rtol=0.05, atol=0.02)
+    assert as_on_a_tpu
+
+
+@pytest.fixture
+def as_on_a_tpu(monkeypatch):
+    """Runs what is for a TPU, here; holds what was."""
+    ran = []
+
+    def choose(*args, default, tpu=None, **_):
+        ran.extend([tpu] if tpu else [])
+        return (tpu or default)(*args)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    return ran
+
+
 # The masks before it
 
 
@@ -129,10 +229,6 @@ def dtypes_of(name: str, fn: Callable, *args: np.ndarray) -> list[str]:
 
     walk(jax.make_jaxpr(fn)(*args).jaxpr)
     return found
-
-
-MASK = np.tri(12, dtype=bool)
-LOWEST = np.finfo(np.float32).min
 
 
 @pytest.mark.parametrize("fill", [LOWEST, -1e9, -np.inf])
@@ -165,15 +261,13 @@ def test_an_added_mask_does_what_a_selected_one_does(bias):
     for ours, theirs in zip(derived(added, MASK), derived(chosen, MASK)):
         np.testing.assert_array_equal(ours, theirs)
     # Of a row that is masked altogether both make the mean; gradients flow through a sum alone.
-    rows = MASK & (np.arange(12) != 3)[:, None]
-    np.testing.assert_array_equal(derived(added, rows)[0], derived(chosen, rows)[0])
+    np.testing.assert_array_equal(*(derived(fn, ONE_ROW_LESS)[0] for fn in (added, chosen)))
 
 
 def test_a_mask_may_be_filled_with_what_a_branch_chooses():
     def masked(x, v, lowest):
         fill = jax.lax.cond(lowest, lambda: LOWEST, lambda: np.float32(-1e9))
-        rows = MASK & (np.arange(12) != 3)[:, None]
-        return jax.nn.softmax(jnp.where(rows, x @ x.T, fill)) @ v, fill * jnp.ones(2)
+        return jax.nn.softmax(jnp.where(ONE_ROW_LESS, x @ x.T, fill)) @ v, fill * jnp.ones(2)
 
     for lowest in (True, False):
         (found, filled), (expected, fill) = (fn(X, V, lowest) for fn in (autocast(masked), masked))
