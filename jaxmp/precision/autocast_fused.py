@@ -26,6 +26,8 @@ from jaxmp.precision.autocast_plan import Form, Plan, Step
 # Rows of 2304 logits a TPU's compiler still fused with the product before them (v5e, v6e; some of 4096
 # too). Of longer ones it would write the exponentials, where it computes those of float32 again.
 _SHORT = 2048
+_ADAPTS = frozenset({"broadcast_in_dim", "convert_element_type"})
+_SCALES_AND_MASKS = rules.SCALES | {"select_n", "transpose"}
 # What there may be between a maximum and where it is subtracted; `max` is one with -infinity.
 _AROUND_A_MAXIMUM = rules.REPEATS | {"stop_gradient", "max"}
 
@@ -135,8 +137,8 @@ class _Finder:
     def shift(self, exponential: int, total: int) -> list[int]:
         """The place of x - max(x) before an exponential, if a TPU's is written in 16 bits.
 
-        Where x is 16-bit and rows are short, so that all this is fused with the product that makes x,
-        or where x is what a cap gives, masked perhaps.
+        Where x is a 16-bit product and rows are short, so that all this is fused with the product (not
+        past a mask that is added), or where x is what a cap gives; either may be masked.
         """
         index = self.made_by(self.eqns[exponential].invars[0], frozenset({"sub"}), 1)
         if index is None:
@@ -147,7 +149,9 @@ class _Finder:
             return []
         is_low = self.steps[index].operands[0] == Form.LOW
         is_short = math.prod(x.aval.shape[i] for i in axes) <= _SHORT
-        return [index] if (is_low and is_short) or self.is_capped(index, 0) else []
+        source = self.source(index, 0)
+        is_fused = source == "dot_general" and is_low and is_short
+        return [index] if is_fused or source in rules.SATURATES else []
 
     def maximum(self, atom: Any) -> Any:
         """The `reduce_max` that an atom is the result of, repeated perhaps; None if it is not."""
@@ -161,17 +165,20 @@ class _Finder:
             (atom,) = arrays
         return None
 
-    def is_capped(self, place: int, i: int) -> bool:
-        """Whether an operand of an operation is the 16-bit result of a tanh, scaled and masked in float32."""
-        maker = self.maker.get(self.eqns[place].invars[i])
+    def source(self, place: int, i: int) -> str:
+        """The operation whose 16-bit result an operand of another is, scaled or masked perhaps; or ""."""
+        atom = self.eqns[place].invars[i]
+        maker = None if programs.is_literal(atom) else self.maker.get(atom)
         if maker is None:
-            return False
-        name, operands = self.eqns[maker].primitive.name, self.steps[maker].operands
-        if name in rules.SATURATES:
-            return self.steps[maker].results == [Form.LOW]
-        arrays = [j for j, form in enumerate(operands) if form not in (None, Form.OPEN)]
-        passes = name in rules.SCALES | {"select_n"} or _is_masking(self.steps[maker])
-        return passes and len(arrays) == 1 and self.is_capped(maker, *arrays)
+            return ""
+        name, step = self.eqns[maker].primitive.name, self.steps[maker]
+        picked = _picked(step)
+        if name in _SCALES_AND_MASKS:
+            picked = list(range(name == "select_n", len(step.operands)))
+        if not picked:
+            return name if step.results == [Form.LOW] else ""
+        arrays = [j for j in picked if step.operands[j] not in (None, Form.OPEN)]
+        return self.source(maker, *arrays) if len(arrays) == 1 else ""
 
     def normalized(self, place: int) -> Group | None:
         """16-bit activations less a mean, times a scale that is one for all that share the mean."""
@@ -275,9 +282,19 @@ class _Finder:
         return all(m == n or (m == 1 and f == 1) for n, m, f in shapes)
 
 
-def _is_masking(step: Step) -> bool:
-    """Whether an operation is a `where`: a call of a program that repeats and selects."""
+def _picked(step: Step) -> list[int]:
+    """Which operands a call picks its result from, if it is a `where`: a selection and what precedes it."""
     if step.call is None or step.call.kind != "jit":
-        return False
-    names = {eqn.primitive.name for eqn in step.plans[0].program.jaxpr.eqns}
-    return names <= {"select_n", "broadcast_in_dim", "convert_element_type"}
+        return []
+    jaxpr = step.plans[0].program.jaxpr
+    maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    result = jaxpr.outvars[0]
+    selection = None if programs.is_literal(result) else maker.get(result)
+    if selection is None or selection.primitive.name != "select_n":
+        return []
+    found = []
+    for v in selection.invars[1:]:
+        while not programs.is_literal(v) and v in maker and maker[v].primitive.name in _ADAPTS:
+            v = maker[v].invars[0]
+        found += [jaxpr.invars.index(v)] if v in jaxpr.invars else []
+    return found

@@ -146,6 +146,14 @@ ON_A_TPU: dict[str, tuple[Callable, bool]] = {
         lambda x, v: attention(v, jnp.where(MASK, capped(x), -jnp.inf)),
         True,
     ),
+    "masked by numbers": (
+        lambda x, v: attention(v, jnp.where(MASK.astype(np.float32), x @ x.T, LOWEST)),
+        True,
+    ),
+    "masked by a sum": (
+        lambda x, v: attention(v, x @ x.T + jnp.where(MASK, 0, LOWEST)),
+        False,
+    ),
     "given": (lambda x, v: attention(v, x), False),
     "scaled": (lambda x, v: attention(v, x @ x.T / 3), False),
     "a float32 product": (lambda x, v: attention(v, full_precision(jnp.dot)(x, x.T)), False),
