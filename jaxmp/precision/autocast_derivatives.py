@@ -6,6 +6,7 @@ TPU's fuses in 16 bits alone is written so, for that compiler alone (`jax.lax.pl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,30 +37,32 @@ def softmax(
     keep it in float32.
     """
 
-    def exponentials(*operands: jax.Array) -> jax.Array:
-        results = list(operands)
-        for eqn in terms:
-            results = programs.bind(eqn, results)
-        return programs.convert(results[0], dtype)
+    *difference, exponential = terms
+
+    def exponentials(*operands: jax.Array, apart: bool) -> jax.Array:
+        (x,) = programs.bind(difference[0], operands) if difference else operands
+        x = _apart(x) if apart else x
+        return programs.convert(programs.bind(exponential, [x])[0], dtype)
 
     def in_16_bits(*operands: jax.Array) -> jax.Array:
         narrow = programs.convert if is_low else _within
-        return exponentials(*(narrow(x, dtype) for x in operands))
+        return exponentials(*(narrow(x, dtype) for x in operands), apart=False)
 
-    def raised(*operands: jax.Array) -> jax.Array:
+    def raised(*operands: jax.Array, apart: bool) -> jax.Array:
         # A TPU's compiler fuses all this with the product before it if it is written in 16 bits, and
         # computes it in float32 nevertheless. Written in float32, x or e goes through memory once more.
-        if len(operands) == 1:
-            return exponentials(*operands)
-        return jax.lax.platform_dependent(*operands, tpu=in_16_bits, default=exponentials)
+        wide = functools.partial(exponentials, apart=apart)
+        if not difference:
+            return wide(*operands)
+        return jax.lax.platform_dependent(*operands, tpu=in_16_bits, default=wide)
 
     def total(terms: jax.Array) -> jax.Array:
         for eqn in sums:
             (terms,) = programs.bind(eqn, [terms])
         return terms
 
-    def parts(*operands: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        above = raised(*operands)
+    def parts(*operands: jax.Array, apart: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+        above = raised(*operands, apart=apart)
         wide = _wide(above)
         below = total(wide)
         (y,) = programs.bind(division, [wide, below])
@@ -67,13 +70,12 @@ def softmax(
 
     @jax.custom_jvp
     def softmax(*operands: jax.Array) -> jax.Array:
-        return parts(*operands)[0]
+        return parts(*operands, apart=False)[0]
 
     @softmax.defjvp
     def _(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
-        x, *maximum = primals
-        y = parts(*primals)[0]
-        _, above, below = parts(_apart(x), *maximum)
+        y = parts(*primals, apart=False)[0]
+        _, above, below = parts(*primals, apart=True)
         dx = programs.convert(tangents[0], dtype)
         mean = total(_wide(above * dx)) / below
         moved = (_wide(dx) - mean) / below

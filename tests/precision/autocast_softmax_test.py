@@ -99,6 +99,16 @@ def test_on_a_gpu_alone_each_pass_takes_its_own_sum():
     assert barriers == {"cuda": 1, "tpu": 0, "cpu": 0}
 
 
+@pytest.mark.parametrize("logits", [lambda x: x, lambda x: x @ x.T], ids=["given", "a product"])
+def test_on_a_gpu_it_is_the_exponent_that_the_backward_pass_sees_apart(logits):
+    """Apart from the maximum, that is, which both passes share."""
+    loss = lambda x: jnp.vdot(autocast(lambda x, v: jax.nn.softmax(logits(x)) @ v)(x, V), G)
+    text = jax.jit(jax.grad(loss)).trace(X).lower(lowering_platforms=("cuda",)).as_text()
+    made = dict(re.findall(r"(%\w+) = stablehlo.(\w+)", text))
+    exponents = re.findall(r"stablehlo.exponential (%\w+) : tensor<12x12xf32>", text)
+    assert [made[name] for name in exponents] == ["multiply"]  # by what hides it
+
+
 def test_in_float16_it_keeps_float32_as_well():
     assert "float32" in kept(SOFTMAXES["rows"][0], "float16")
 
