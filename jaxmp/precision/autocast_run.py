@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_fused import Group, groups
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
-from jaxmp.precision.autocast_rules import COMPUTED_AGAIN, TABLE, UNKNOWN, Kind, saturated
+from jaxmp.precision.autocast_rules import COMPUTED_AGAIN, SCALES, TABLE, UNKNOWN, Kind, saturated
 
 _FLOAT32 = np.dtype("float32")
 _KEPT = "jaxmp.parameter"
@@ -106,12 +107,21 @@ class Runner:
             results = [_cast(eqn, operands[0])]
         else:
             if step.run is not None:
+                step = self._exactly(eqn, step)
                 operands = [
                     x if form is None else self._operand(x, form, eqn, step)
                     for x, form in zip(operands, step.operands)
                 ]
             results = self._bind(eqn, step, operands)
         return [self.fit(x, form) for x, form in zip(results, step.results)]
+
+    def _exactly(self, eqn: Any, step: Step) -> Step:
+        """16-bit scaling in float32, if 16 bits do not hold the scale: its error would be that of all."""
+        if step.run != Form.LOW or eqn.primitive.name not in SCALES:
+            return step
+        numbers = [np.float32(v.val) for v in eqn.invars if programs.is_literal(v)]
+        held = all(n == np.float32(programs.convert(n, self.dtype)) for n in numbers)
+        return step if held else dataclasses.replace(step, run=Form.FULL)
 
     def _operand(self, x: Any, form: Form, eqn: Any, step: Step) -> Any:
         """A float32 operand, cast. A parameter is repeated before it is cast, not after.

@@ -1,0 +1,48 @@
+"""A scale that 16 bits do not hold: rounded, it would be the same error in every element."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmp.precision.autocast import autocast
+
+RNG = np.random.default_rng(0)
+X = RNG.uniform(1, 2, (64, 64)).astype(np.float32)
+EYE = np.eye(64, dtype=np.float32)
+
+# bfloat16's 0.9 is 0.8984, and its root of 96 is 9.8125: by 2**-9 less, and more.
+SCALES = {
+    "0.9": lambda x: 0.9 * x,
+    "over 0.9": lambda x: x / 0.9,
+    "over a root": lambda x: x / np.sqrt(96),
+    "0.9 within a loop": lambda x: jax.lax.fori_loop(0, 1, lambda _, y: 0.9 * y, x),
+}
+
+
+def between_products(scale, x):
+    return scale(x @ EYE) @ EYE
+
+
+def shared_error(found: jax.Array, exact: np.ndarray) -> float:
+    """The mean relative error: of 4096 roundings about 2**-9 / 64, of a scale's rounding all of it."""
+    return abs(float(np.mean(np.asarray(found, np.float64) / exact - 1)))
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_scale_is_as_exact_as_it_was_written(scale, dtype):
+    x = X.astype(dtype).astype(np.float32)  # so that no other rounding is shared
+    exact = np.asarray(scale(np.ones(1, np.float64)))[0]
+    run = autocast(lambda x: between_products(scale, x), dtype)
+    found, pullback = jax.jit(lambda x: (run(x), jax.vjp(run, x)[1](x)[0]))(x)
+    for values in (found, pullback):
+        assert shared_error(values, exact * x.astype(np.float64)) < 2**-13
+
+
+@pytest.mark.parametrize(("number", "computed_in"), [(0.125, "bfloat16"), (0.9, "float32")])
+def test_a_scale_that_16_bits_hold_needs_no_cast(number, computed_in):
+    program = jax.make_jaxpr(autocast(lambda x: between_products(lambda y: number * y, x)))(X)
+    (product,) = (eqn for eqn in program.eqns if eqn.primitive.name == "mul")
+    assert product.outvars[0].aval.dtype == computed_in
