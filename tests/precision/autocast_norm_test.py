@@ -124,3 +124,19 @@ def test_what_a_norm_gives_is_16_bit_on_its_way_to_a_product_alone(name):
     for tail in (lambda y: y, lambda y: jnp.maximum(y, 0), lambda y: (y, y @ weight)):
         given = jax.tree.leaves(autocast(lambda *args, f=tail: f(norm(*args)))(X, SCALE, BIAS))[0]
         assert np.any(given != given.astype("bfloat16"))
+
+
+def test_a_residual_stream_that_starts_at_a_norm_is_16_bit():
+    """As one that starts at a product is: it goes to norms, and through them to products."""
+    norm, weight = NORMS["LayerNorm"][0], np.ones((8, 8), np.float32)
+
+    def stream(*args: jax.Array) -> jax.Array:
+        stream = norm(*args)
+        for _ in range(2):
+            stream = stream + norm(stream, *args[1:]) @ weight
+        return stream @ weight
+
+    traced = jax.make_jaxpr(autocast(stream, "bfloat16"))(X, SCALE, BIAS).jaxpr
+    sums = [eqn for eqn in programs.operations(traced) if eqn.primitive.name == "add"]
+    of_streams = [e for e in sums if all(v.aval.shape == X.shape for v in e.invars)]
+    assert [eqn.outvars[0].aval.dtype for eqn in of_streams] == ["bfloat16"] * 2
