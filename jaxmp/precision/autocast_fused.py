@@ -123,18 +123,17 @@ class _Finder:
             return None
         if self.eqns[total].invars[0] is not above:
             return None
-        shift = self.shift(exponential, total)
-        inner = [*shift, exponential, total, *parts]
-        reads = [(shift[0], 0), (shift[0], 1)] if shift else [(exponential, 0)]
-        terms, sums = (
-            [self.eqns[i] for i in places] for places in ((*shift, exponential), (total, *parts))
-        )
+        exponent = self.exponent(exponential, total)
+        inner = [*exponent, exponential, total, *parts]
+        reads = [(exponent[0], 0), (exponent[0], 1)] if exponent else [(exponential, 0)]
+        terms = [self.eqns[i] for i in (*exponent, exponential)]
+        sums = [self.eqns[i] for i in (total, *parts)]
         dtype = self.demands.settings.dtype
-        is_low = bool(shift) and self.steps[shift[0]].operands[0] == Form.LOW
+        is_low = bool(exponent) and self.steps[exponent[0]].operands[0] == Form.LOW
         run = functools.partial(derivatives.softmax, terms, sums, self.eqns[place], dtype, is_low)
         return Group(run, reads, inner)
 
-    def shift(self, exponential: int, total: int) -> list[int]:
+    def exponent(self, exponential: int, total: int) -> list[int]:
         """The place of x - max(x) before an exponential, if a TPU's is written in 16 bits.
 
         Where x is a 16-bit product and rows are short, so that all this is fused with the product (not

@@ -185,7 +185,8 @@ class Planner:
                 return Form.FULL, Form.FULL, REASONS["awaited"]
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
-            # A norm ends with its bias: what it gives is an activation, and so is its cotangent.
+            # A norm ends with its bias: what it gives is an activation, also to a norm that is next,
+            # and so is its cotangent.
             exact = demand & (Demand.OUTPUT | Demand.PERIODIC)
             is_activation = demand & PRODUCT and not exact and _adds_bias(eqn, given_as)
             return Form.FULL, Form.LOW if is_activation else _made(Form.FULL, demand), ""
