@@ -186,10 +186,12 @@ class Planner:
             return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
             # A norm ends with its bias: what it gives is an activation, also to a norm that is next,
-            # and so is its cotangent.
+            # and so is its cotangent. An activation that a number scales still is one.
             exact = demand & (Demand.OUTPUT | Demand.PERIODIC)
-            is_activation = demand & PRODUCT and not exact and _adds_bias(eqn, given_as)
-            return Form.FULL, Form.LOW if is_activation else _made(Form.FULL, demand), ""
+            is_activation = _adds_bias(eqn, given_as) or _scales_activation(eqn, given_as)
+            if is_activation and demand & PRODUCT and not exact:
+                return Form.FULL, Form.LOW, ""
+            return Form.FULL, _made(Form.FULL, demand), ""
         if moves:
             if name in rules.READS_ROWS and demand & PRODUCT and not demand & Demand.OUTPUT:
                 return Form.FULL, Form.LOW, ""
@@ -362,3 +364,9 @@ def _adds_bias(eqn: Any, given_as: list[Form | None]) -> bool:
         _spread(form, v, eqn) is Form.OPEN and v.aval.ndim > 1 and v.aval.size == max(v.aval.shape)
         for v, form in arrays
     )
+
+
+def _scales_activation(eqn: Any, given_as: list[Form | None]) -> bool:
+    """Whether a 16-bit array is scaled by a computed number, as Gemma's embeddings are by a root."""
+    arrays = [form for v, form in zip(eqn.invars, given_as) if v.aval.size > 1]
+    return eqn.primitive.name in rules.SCALES and arrays == [Form.LOW]

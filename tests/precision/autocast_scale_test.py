@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,3 +46,20 @@ def test_a_scale_that_16_bits_hold_needs_no_cast(number, computed_in):
     program = jax.make_jaxpr(autocast(lambda x: between_products(lambda y: number * y, x)))(X)
     (product,) = (eqn for eqn in program.eqns if eqn.primitive.name == "mul")
     assert product.outvars[0].aval.dtype == computed_in
+
+
+@pytest.mark.parametrize("root", [np.sqrt, jnp.sqrt], ids=["a number", "computed"])
+def test_scaled_embeddings_start_a_16_bit_stream(root):
+    """Gemma multiplies its embeddings by the root of the width; what follows is a stream as any other."""
+    table, weight, tokens = X, EYE, np.arange(32)
+
+    def stream(table: jax.Array, weight: jax.Array) -> jax.Array:
+        x = table[tokens] * root(np.float32(64))
+        for _ in range(2):
+            x = x + x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True)) @ weight
+        return x @ weight
+
+    traced = jax.make_jaxpr(autocast(stream))(table, weight).jaxpr
+    sums = [e for e in traced.eqns if e.primitive.name == "add" and e.outvars[0].aval.ndim == 2]
+    of_streams = [e for e in sums if all(v.aval.shape == (32, 64) for v in e.invars)]
+    assert [eqn.outvars[0].aval.dtype for eqn in of_streams] == ["bfloat16"] * 2
