@@ -187,7 +187,7 @@ def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
     return np.array(found)
 
 
-def train_row(name: str, seeds: int = 4, steps: int = 200) -> dict[str, Any]:
+def train_row(name: str, seeds: int = 16, steps: int = 200) -> dict[str, Any]:
     """Final losses of float32 and autocast runs, and whether they lie within the seeds' spread."""
     exact, ours = losses(name, "float32", seeds, steps), losses(name, "autocast", seeds, steps)
     spread = exact.max() - exact.min()
@@ -290,6 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
     for flag in ("error", "train", "time"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--draws", type=int, default=64, help="initialisations for --error (64)")
+    parser.add_argument("--seeds", type=int, default=16, help="runs for --train, each way (16)")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.models if name not in zoo.ZOO]
@@ -297,6 +298,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{unknown[0]!r} is no model: they are {', '.join(zoo.ZOO)}.")
     if options.draws < 1:
         parser.error(f"--draws is {options.draws}; it takes at least 1.")
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}; a spread takes at least 2.")
     if options.target:
         try:
             targets.devices(options.target)  # before JAX starts: it may not find the compiler later
@@ -306,7 +309,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.target:
         jobs.append(functools.partial(compile_row, target=options.target))
     errors = functools.partial(error_row, draws=options.draws)
-    modes = {"error": errors, "train": train_row, "time": time_row}
+    train = functools.partial(train_row, seeds=options.seeds)
+    modes = {"error": errors, "train": train, "time": time_row}
     jobs += [job for flag, job in modes.items() if getattr(options, flag)]
     rows = []
     for name in options.models or zoo.ZOO:

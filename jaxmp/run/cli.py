@@ -167,8 +167,13 @@ def load(path: pathlib.Path) -> Config:
 
 def override(config: Config, arguments: Sequence[str], program: str = "train.py") -> Config:
     """The config with `--dotted.name VALUE` settings replaced. Raises ConfigError, or SystemExit(0)."""
-    import tyro
-
+    try:
+        import tyro
+    except ImportError as error:
+        raise ConfigError(
+            "the command line needs the package tyro, which is not installed: pip install 'jaxmp[train]' "
+            "(in a checkout: pip install -e '.[train]') brings all that training needs."
+        ) from error
     if not any(argument in _HELP for argument in arguments):
         _check_names(config, arguments)
     said = io.StringIO()

@@ -192,6 +192,13 @@ def test_a_config_error_carries_no_more_than_five_lines():
     assert len(cli.shorten("x" * 1000)) == 300
 
 
+def test_without_the_extra_for_training_a_sentence_names_it(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    assert cli.main([MLP]) == cli.EXIT_USAGE
+    said = capsys.readouterr().err
+    assert said.startswith("error: the command line needs the package tyro") and "[train]" in said
+
+
 def test_the_script_answers_mistakes_too(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), MLP, "--stepz", "3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=_environment())
