@@ -37,15 +37,22 @@ class Size:
     channels: int
     classes: int
 
-    def random_batch(self, kind: str) -> dict[str, np.ndarray]:
-        """A batch of noise, always the same: {"tokens"} of one more than `length`, or images."""
-        rng = np.random.default_rng(0)
-        if kind == "text":
+    def random_batch(self, kind: str, seed: int = 0) -> dict[str, np.ndarray]:
+        """A batch of noise for models of a kind; the tokens are one more than `length`."""
+        rng = np.random.default_rng(seed)
+        batch: dict[str, np.ndarray] = {}
+        if kind in ("text", "captions", "speech"):
             shape = (self.batch, self.length + 1)
-            return {"tokens": rng.integers(self.vocab, size=shape, dtype=np.int32)}
-        shape = (self.batch, self.side, self.side, self.channels)
-        labels = rng.integers(self.classes, size=self.batch, dtype=np.int32)
-        return {"images": rng.uniform(size=shape).astype(np.float32), "labels": labels}
+            batch["tokens"] = rng.integers(self.vocab, size=shape, dtype=np.int32)
+        if kind == "speech":  # two frames to a token, and about as many for a wave
+            spectrograms, waves = (80, self.length), (64 * self.length,)
+            batch["spectrograms"] = rng.normal(size=(self.batch, *spectrograms)).astype(np.float32)
+            batch["waves"] = rng.normal(size=(self.batch, *waves)).astype(np.float32)
+        if kind in ("images", "captions"):
+            shape = (self.batch, self.side, self.side, self.channels)
+            batch["labels"] = rng.integers(self.classes, size=self.batch, dtype=np.int32)
+            batch["images"] = rng.uniform(size=shape).astype(np.float32)
+        return batch
 
 
 SMALL = Size(64, 2, 2, vocab=256, length=32, batch=16, side=8, channels=1, classes=10)
@@ -65,7 +72,7 @@ class Entry(NamedTuple):
     """A model of the zoo."""
 
     kind: str
-    """What it eats: "text" or "images"."""
+    """What it eats: "text", "images", both as "captions", or "speech"."""
     build: Callable[[Size, Dtype | None], Model]
     package: str = ""
     """The package that it is from, if not Flax."""
@@ -158,16 +165,19 @@ class Transformer(nn.Module):
     dtype: Dtype | None = None
     scanned: bool = False
     remat: bool = False
+    wide: bool = False
+    """Whether positions and head are float32 in the twin, too, as in many public models."""
     fields: tuple[tuple[str, Any], ...] = ()
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         size, dtype = self.size, self.dtype
+        ends = None if self.wide else dtype
         x = nn.Embed(size.vocab, size.width, dtype=dtype)(tokens)
-        x = x + nn.Embed(size.length, size.width, dtype=dtype)(jnp.arange(tokens.shape[1]))
+        x = x + nn.Embed(size.length, size.width, dtype=ends)(jnp.arange(tokens.shape[1]))
         fields = {"size": size, "dtype": dtype, **dict(self.fields)}
         x = stack(Block, size.depth, self.scanned, self.remat, x, **fields)
-        return nn.Dense(size.vocab, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))
+        return nn.Dense(size.vocab, dtype=ends)(nn.LayerNorm(dtype=dtype)(x))
 
 
 class ViT(nn.Module):
@@ -449,6 +459,8 @@ def _nnx(cls: Any, kind: str) -> Entry:
 ZOO: dict[str, Entry] = {
     "decoder": _linen(Transformer, "text", (("dropout", 0.1),)),
     "decoder-scan-remat": _linen(Transformer, "text", scanned=True, remat=True),
+    "decoder-wide": _linen(Transformer, "text", (("dropout", 0.1),), wide=True),
+    "decoder-wide-scan-remat": _linen(Transformer, "text", scanned=True, remat=True, wide=True),
     "pre-ln-scan": _linen(Transformer, "text", scanned=True),
     "post-ln-scan": _linen(Transformer, "text", (("post", True),), scanned=True),
     "gemma": _linen(Gemma, "text"),

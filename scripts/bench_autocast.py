@@ -8,19 +8,21 @@ source with `dtype=bfloat16` passed to every module. Parameters and gradients ar
     python scripts/bench_autocast.py --train                   # 200 steps, spread over seeds
     python scripts/bench_autocast.py --time                    # tracing, and paired steps on this machine
 
-Names of models choose among them. `--target`, and `--time` on an accelerator, use the size LARGE, all
-else SMALL. A CPU emulates 16-bit arithmetic in part: its times say what autocast adds to a step, never
-what 16 bits gain.
+Names of models choose among them; `transformers` are all of `transformers_zoo.py`. `--target`, and
+`--time` on an accelerator, use the size LARGE, all else SMALL. A CPU emulates 16-bit arithmetic in part:
+its times say what autocast adds to a step, never what 16 bits gain.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import json
 import pathlib
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,6 +36,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import autocast_zoo as zoo
+import transformers_zoo
 
 from jaxmp.plan import compile as plan
 from jaxmp.plan import targets
@@ -41,13 +44,15 @@ from jaxmp.precision.autocast import autocast
 from jaxmp.run import data
 
 LOW = jnp.bfloat16
-RATE = 2e-3
+MODELS = zoo.ZOO | transformers_zoo.ZOO
+RATE = 1e-3  # at 2e-3 single runs of GPT-2 spike, in float32 as in 16 bits
+PACKAGE = "transformers"
 WAYS = ("float32", "native", "autocast")
 
 
 def loss_of(name: str, way: str, size: zoo.Size) -> Callable:
     """The loss `(params, state, batch, key) -> (loss, state)` of a model in one of the WAYS."""
-    model = zoo.ZOO[name].build(size, LOW if way == "native" else None)
+    model = MODELS[name].build(size, LOW if way == "native" else None)
     return autocast(model.loss, LOW.dtype.name) if way == "autocast" else model.loss
 
 
@@ -69,7 +74,7 @@ def compiled(name: str, way: str, target: str, size: zoo.Size = zoo.LARGE) -> pl
         )
         return (gradients, state), loss
 
-    entry = zoo.ZOO[name]
+    entry = MODELS[name]
     variables = jax.eval_shape(entry.build(size, None).init, jax.random.key(0))
     batch = {"data": size.random_batch(entry.kind), "seed": np.uint32(0)}
     return plan.compile_for(step, variables, batch, target)
@@ -113,7 +118,7 @@ def error_row(name: str, draws: int = 64) -> dict[str, Any]:
     The compiler may leave out a rounding between two operations that it fuses. Here it may not:
     otherwise an error of the loss depends on how a loss of a few numbers was fused.
     """
-    entry, size = zoo.ZOO[name], zoo.SMALL
+    entry, size = MODELS[name], zoo.SMALL
     exactly = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     gradients = {way: exactly(gradient_of(name, way, size)) for way in WAYS}
     init = jax.jit(entry.build(size, None).init)
@@ -142,7 +147,9 @@ def error_row(name: str, draws: int = 64) -> dict[str, Any]:
 
 @functools.cache
 def source(kind: str, size: zoo.Size) -> Callable[[int], dict[str, Any]]:
-    """step -> a batch of the plays or of the digits."""
+    """step -> a batch of the plays or of the digits; of noise for models that eat neither."""
+    if kind not in ("text", "images"):
+        return functools.partial(size.random_batch, kind)
     if kind == "text":
         config: Any = data.TextConfig(sequence_length=size.length)
         batch_at = data.load(config, size.batch, 0).batch_at
@@ -163,7 +170,7 @@ def source(kind: str, size: zoo.Size) -> Callable[[int], dict[str, Any]]:
 
 def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
     """The mean training loss of the last quarter of a run by AdamW, for each seed."""
-    entry, size = zoo.ZOO[name], zoo.SMALL
+    entry, size = MODELS[name], zoo.SMALL
     gradient, tx = gradient_of(name, way, size), optax.adamw(RATE)
     batch_at = source(entry.kind, size)
 
@@ -187,7 +194,7 @@ def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
     return np.array(found)
 
 
-def train_row(name: str, seeds: int = 16, steps: int = 200) -> dict[str, Any]:
+def train_row(name: str, seeds: int = 8, steps: int = 200) -> dict[str, Any]:
     """Final losses of float32 and autocast runs, and whether they lie within the seeds' spread."""
     exact, ours = losses(name, "float32", seeds, steps), losses(name, "autocast", seeds, steps)
     spread = exact.max() - exact.min()
@@ -207,11 +214,14 @@ def train_row(name: str, seeds: int = 16, steps: int = 200) -> dict[str, Any]:
 def time_row(name: str, rounds: int = 20) -> dict[str, Any]:
     """Tracing of autocast against tracing of the function, and steps against native's, paired.
 
-    On an accelerator, at the size LARGE: also how many times faster than in float32, and what the
+    On an accelerator, at the size LARGE with 256 images: also how long its kernels run, against native's
+    (a small step waits for launches), how many times faster than in float32 a step is, and what the
     compiler that sees the device needs in temporaries, against native's.
     """
     on_cpu = jax.default_backend() == "cpu"
-    entry, size = zoo.ZOO[name], zoo.SMALL if on_cpu else zoo.LARGE
+    entry, size = MODELS[name], zoo.SMALL if on_cpu else zoo.LARGE
+    if not on_cpu and entry.kind == "images":
+        size = dataclasses.replace(size, batch=256)
     params, state = jax.jit(entry.build(size, None).init)(jax.random.key(0))
     batch = jax.device_put(size.random_batch(entry.kind))
     args = (params, state, batch, jax.random.key(0))
@@ -229,6 +239,8 @@ def time_row(name: str, rounds: int = 20) -> dict[str, Any]:
         "quartiles": f"{low:.3f} to {high:.3f}",
     }
     if not on_cpu:
+        busy = {way: kernel_seconds(steps[way], args) for way in WAYS[1:]}
+        row["kernels"] = busy["autocast"] / busy["native"]
         memory = {way: step.memory_analysis().temp_size_in_bytes for way, step in steps.items()}
         row["milliseconds"] = 1e3 * float(np.median(took["autocast"]))
         row["faster than float32"] = float(np.median(took["float32"] / took["autocast"]))
@@ -252,6 +264,20 @@ def seconds(
     return {way: times[2:] for way, times in took.items()}
 
 
+def kernel_seconds(step: Callable, args: tuple, calls: int = 5) -> float:
+    """How long the device's kernels run in one step, by JAX's profiler."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready([step(*args) for _ in range(calls)])
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        planes = jax.profiler.ProfileData.from_file(str(path)).planes
+        lines = [line for p in planes if p.name.startswith("/device:") for line in p.lines]
+        nanoseconds = (
+            e.duration_ns for x in lines if x.name.startswith("Stream") for e in x.events
+        )
+        return sum(nanoseconds) / 1e9 / calls
+
+
 def tracing(name: str, size: zoo.Size, args: tuple, rounds: int = 5) -> float:
     """How many times as long autocast takes to trace a function as JAX takes without it."""
     took: dict[str, list] = {way: [] for way in ("float32", "autocast")}
@@ -270,10 +296,19 @@ def tracing(name: str, size: zoo.Size, args: tuple, rounds: int = 5) -> float:
 
 def missing(name: str) -> str | None:
     """A sentence if the package that a model is from is not installed."""
-    package = zoo.ZOO[name].package
+    package = MODELS[name].package
     if package and importlib.util.find_spec(package) is None:
         return f"{name} needs the package {package.replace('_', '-')}."
     return None
+
+
+def refusal(name: str, said: str) -> str:
+    """What to tell when a compiler gives up on a model, and what to try."""
+    said = " ".join(said.split())[:120]
+    return (
+        f"{name}: the compiler gives up: {said}; if that is about tiles, leave products to a library "
+        "with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false."
+    )
 
 
 def show(row: dict[str, Any]) -> str:
@@ -290,12 +325,16 @@ def main(arguments: list[str] | None = None) -> int:
     for flag in ("error", "train", "time"):
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--draws", type=int, default=64, help="initialisations for --error (64)")
-    parser.add_argument("--seeds", type=int, default=16, help="runs for --train, each way (16)")
+    parser.add_argument("--seeds", type=int, default=8, help="runs for --train, each way (8)")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     options = parser.parse_args(arguments)
-    unknown = [name for name in options.models if name not in zoo.ZOO]
+    names = options.models or list(zoo.ZOO)
+    names = [one for name in names for one in (transformers_zoo.ZOO if name == PACKAGE else [name])]
+    unknown = [name for name in names if name not in MODELS]
     if unknown:
-        parser.error(f"{unknown[0]!r} is no model: they are {', '.join(zoo.ZOO)}.")
+        parser.error(
+            f"{unknown[0]!r} is no model: they are {', '.join(MODELS)}, or {PACKAGE} for all of its."
+        )
     if options.draws < 1:
         parser.error(f"--draws is {options.draws}; it takes at least 1.")
     if options.seeds < 2:
@@ -313,12 +352,16 @@ def main(arguments: list[str] | None = None) -> int:
     modes = {"error": errors, "train": train, "time": time_row}
     jobs += [job for flag, job in modes.items() if getattr(options, flag)]
     rows = []
-    for name in options.models or zoo.ZOO:
+    for name in names:
         if absent := missing(name):
             print(absent, file=sys.stderr)
             continue
         for job in jobs:
-            rows.append(job(name))
+            try:
+                rows.append(job(name))
+            except jax.errors.JaxRuntimeError as error:
+                print(refusal(name, str(error)), file=sys.stderr)
+                continue
             print(show(rows[-1]), flush=True)
             if options.json:
                 options.json.write_text(json.dumps(rows, indent=1))

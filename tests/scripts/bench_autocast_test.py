@@ -67,3 +67,17 @@ def test_wrong_arguments_are_answered_in_a_sentence(capsys):
     with pytest.raises(SystemExit):
         bench().main(["gpt-huge"])
     assert "gemma" in capsys.readouterr().err
+
+
+def test_a_model_whose_package_is_absent_is_answered_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench().main(["transformers/bert", "--error"]) == 0
+    assert "transformers/bert needs the package transformers." in capsys.readouterr().err
+
+
+def test_a_size_is_told_in_the_words_of_every_config():
+    """Llama's, T5's, GPT-2's and Whisper's words for width, length and feed-forward width."""
+    words = bench().transformers_zoo.names_of(bench().zoo.SMALL)
+    assert [words[word] for word in ("hidden_size", "d_model", "n_embd")] == [64] * 3
+    assert [words[word] for word in ("intermediate_size", "d_ff", "encoder_ffn_dim")] == [256] * 3
+    assert words["head_dim"] * words["num_attention_heads"] == words["d_kv"] * words["n_head"] == 64
