@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxmp.numerics import jaxpr as programs
 from jaxmp.precision.autocast_demand import NONE
 from jaxmp.precision.autocast_fused import Group, groups
 from jaxmp.precision.autocast_plan import Form, Plan, Planner, Step
-from jaxmp.precision.autocast_rules import COMPUTED_AGAIN, TABLE, UNKNOWN, Kind, saturated
+from jaxmp.precision.autocast_rules import COMPUTED_AGAIN, SCALES, TABLE, UNKNOWN, Kind, saturated
 
 _FLOAT32 = np.dtype("float32")
 _KEPT = "jaxmp.parameter"
@@ -106,25 +107,41 @@ class Runner:
         elif eqn.primitive.name == "convert_element_type":
             results = [_cast(eqn, operands[0])]
         else:
-            if step.run is not None:
-                step = self._exactly(eqn, step)
-                operands = [
-                    x if form is None else self._operand(x, form, eqn, step)
-                    for x, form in zip(operands, step.operands)
-                ]
-            results = self._bind(eqn, step, operands)
+            results = self._operation(eqn, step, operands)
         return [self.fit(x, form) for x, form in zip(results, step.results)]
 
-    def _exactly(self, eqn: Any, step: Step) -> Step:
-        """16-bit scaling in float32, if 16 bits do not hold the scale: its error would be that of all.
+    def _operation(self, eqn: Any, step: Step, operands: list) -> list:
+        """An operation in the precision of its step; scaling in float32 if 16 bits do not hold the scale.
 
-        Divisions are as they were: in float32 dropout's would cost a TPU a tenth of a step's traffic.
+        Rounded, the scale's error would be that of all elements. Divisions stay as they were on a TPU:
+        in float32 dropout's would cost it a tenth of a step's traffic.
         """
-        if step.run != Form.LOW or eqn.primitive.name != "mul":
-            return step
+        if step.run != Form.LOW or self._holds_scale(eqn):
+            return self._run_as(step, eqn, operands)
+        exact = dataclasses.replace(step, run=Form.FULL)
+        if eqn.primitive.name == "mul":
+            return self._run_as(exact, eqn, operands)
+        rounded = lambda step, *xs: [self.fit(y, Form.LOW) for y in self._run_as(step, eqn, xs)]
+        return jax.lax.platform_dependent(
+            *operands,
+            tpu=functools.partial(rounded, step),
+            default=functools.partial(rounded, exact),
+        )
+
+    def _holds_scale(self, eqn: Any) -> bool:
+        """Whether 16 bits hold the number that an operation scales by, if it does."""
+        if eqn.primitive.name not in SCALES:
+            return True
         numbers = [np.float32(v.val) for v in eqn.invars if programs.is_literal(v)]
-        held = all(n == np.float32(programs.convert(n, self.dtype)) for n in numbers)
-        return step if held else dataclasses.replace(step, run=Form.FULL)
+        return all(n == np.float32(programs.convert(n, self.dtype)) for n in numbers)
+
+    def _run_as(self, step: Step, eqn: Any, operands: Sequence) -> list:
+        if step.run is not None:
+            operands = [
+                x if form is None else self._operand(x, form, eqn, step)
+                for x, form in zip(operands, step.operands)
+            ]
+        return self._bind(eqn, step, list(operands))
 
     def _operand(self, x: Any, form: Form, eqn: Any, step: Step) -> Any:
         """A float32 operand, cast. A parameter is repeated before it is cast, not after.

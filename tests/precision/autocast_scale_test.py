@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ EYE = np.eye(64, dtype=np.float32)
 # bfloat16's 0.9 is 0.8984, and its root of 96 is 9.8125: by 2**-9 less, and more.
 SCALES = {
     "0.9": lambda x: 0.9 * x,
+    "by 0.9": lambda x: x / 0.9,
     "a root": lambda x: x * np.sqrt(96),
     "0.9 within a loop": lambda x: jax.lax.fori_loop(0, 1, lambda _, y: 0.9 * y, x),
 }
@@ -46,6 +49,15 @@ def test_a_scale_that_16_bits_hold_needs_no_cast(number, computed_in):
     program = jax.make_jaxpr(autocast(lambda x: between_products(lambda y: number * y, x)))(X)
     (product,) = (eqn for eqn in program.eqns if eqn.primitive.name == "mul")
     assert product.outvars[0].aval.dtype == computed_in
+
+
+def test_a_tpu_divides_in_16_bits():
+    """Dropout's division in float32 would cost it a tenth of a step's traffic."""
+    run = autocast(lambda x: between_products(lambda y: y / 0.9, x))
+    for platform, computed_in in (("tpu", "bf16"), ("cuda", "f32"), ("cpu", "f32")):
+        lowered = jax.jit(run).trace(X).lower(lowering_platforms=(platform,)).as_text()
+        (division,) = re.findall(r"stablehlo\.divide .*tensor<64x64x(\w+)>", lowered)
+        assert division == computed_in
 
 
 @pytest.mark.parametrize("root", [np.sqrt, jnp.sqrt], ids=["a number", "computed"])
