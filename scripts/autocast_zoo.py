@@ -44,7 +44,7 @@ class Size:
         if kind in ("text", "captions", "speech"):
             shape = (self.batch, self.length + 1)
             batch["tokens"] = rng.integers(self.vocab, size=shape, dtype=np.int32)
-        if kind == "speech":  # two frames to a token, and about as many for a wave
+        if kind == "speech":  # as many frames of a spectrogram as tokens
             spectrograms, waves = (80, self.length), (64 * self.length,)
             batch["spectrograms"] = rng.normal(size=(self.batch, *spectrograms)).astype(np.float32)
             batch["waves"] = rng.normal(size=(self.batch, *waves)).astype(np.float32)

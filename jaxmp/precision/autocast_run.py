@@ -136,6 +136,7 @@ class Runner:
         return all(n == np.float32(programs.convert(n, self.dtype)) for n in numbers)
 
     def _run_as(self, step: Step, eqn: Any, operands: Sequence) -> list:
+        """An operation, its operands cast to what the step runs in."""
         if step.run is not None:
             operands = [
                 x if form is None else self._operand(x, form, eqn, step)
