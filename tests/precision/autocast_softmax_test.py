@@ -69,16 +69,18 @@ def test_value_and_both_derivatives_are_those_of_float64(fn, fused):
     agrees_with_float64(fn, X)
 
 
-def agrees_with_float64(fn: Callable, x: np.ndarray, within: float = 2**-7) -> None:
-    """Compares the value of fn(x, V), its pullback of G and its derivative along x."""
+def agrees_with_float64(
+    fn: Callable, x: np.ndarray, v: np.ndarray = V, within: float = 2**-7
+) -> None:
+    """Compares the value of fn(x, v), its pullback of G and its derivative along x."""
 
     def all_of_it(fn, x, v, g):
         out, pullback = jax.vjp(fn, x, v)
         return (out, *pullback(g), jax.jvp(lambda x: fn(x, v), (x,), (x,))[1])
 
-    found = jax.jit(lambda *args: all_of_it(autocast(fn), *args))(x, V, G)
+    found = jax.jit(lambda *args: all_of_it(autocast(fn), *args))(x, v, G)
     with jax.enable_x64(True):
-        wide = (a.astype(np.float64) for a in (x, V, G))
+        wide = (a.astype(np.float64) for a in (x, v, G))
         expected = jax.jit(lambda *args: all_of_it(fn, *args))(*wide)
     for ours, theirs in zip(found, map(np.asarray, expected), strict=True):
         assert ours.dtype == jnp.float32 and theirs.dtype == np.float64
@@ -107,6 +109,30 @@ def test_on_a_gpu_it_is_the_exponent_that_the_backward_pass_sees_apart(logits):
     made = dict(re.findall(r"(%\w+) = stablehlo.(\w+)", text))
     exponents = re.findall(r"stablehlo.exponential (%\w+) : tensor<12x12xf32>", text)
     assert [made[name] for name in exponents] == ["multiply"]  # by what hides it
+
+
+# How many logits there are in a row, and whether XLA's kernels for a GPU take it as one, to the product.
+ROWS = {64: True, 65: False, 72: False, 100: False, 104: True, 128: True, 132: False, 192: True}
+
+
+@pytest.mark.parametrize(("length", "whole"), ROWS.items())
+def test_on_a_gpu_the_exponentials_of_a_row_are_kept_or_computed_again(length, whole):
+    x, v = np.ones((12, length), np.float32), np.ones((length, 5), np.float32)
+    loss = lambda x, v: jnp.vdot(autocast(SOFTMAXES["rows"][0])(x, v), G)
+    text = jax.jit(jax.grad(loss, (0, 1))).trace(x, v).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("stablehlo.exponential") == (2 if whole else 1)
+    assert text.count("stablehlo.optimization_barrier") == 1
+
+
+@pytest.mark.parametrize("length", [33, 64, 65, 72, 104])
+def test_rows_of_any_length_have_the_derivatives_of_float64(length):
+    x, v = (RNG.normal(size=shape).astype(np.float32) for shape in ((12, length), (length, 5)))
+    agrees_with_float64(SOFTMAXES["rows"][0], x, v)
+
+
+def test_a_row_may_hold_one_logit():
+    moved = jax.grad(lambda x: autocast(SOFTMAXES["rows"][0])(x, V[:1]).sum())(X[:, :1])
+    np.testing.assert_array_equal(moved, 0)
 
 
 def test_in_float16_it_keeps_float32_as_well():
