@@ -155,7 +155,9 @@ class Planner:
             used_low = demand & PRODUCT or not self.settings.narrow
             run, form = Form.LOW, Form.LOW if used_low else Form.FULL
         elif kind is Kind.FLOAT32:
-            run, form = Form.FULL, _made(Form.FULL, demand)
+            # A number costs nothing in float32; rounded, its error would be that of all it scales.
+            is_number = all(v.aval.size == 1 for v in eqn.outvars)
+            run, form = Form.FULL, Form.FULL if is_number else _made(Form.FULL, demand)
         else:
             run, form, why = self._widest(eqn, kind, operands, demand, scope)
             if run == Form.FULL and form == Form.LOW and _skips(eqn, operands, used):

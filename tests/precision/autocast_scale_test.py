@@ -20,6 +20,9 @@ SCALES = {
     "0.9": lambda x: 0.9 * x,
     "by 0.9": lambda x: x / 0.9,
     "a root": lambda x: x * np.sqrt(96),
+    "by a computed root": lambda x: x / jnp.sqrt(96),
+    "a computed inverse root": lambda x: x * jax.lax.rsqrt(96.0),
+    "by a norm": lambda x: x / jnp.linalg.norm(jnp.arange(7.0)),  # the root of 91
     "0.9 within a loop": lambda x: jax.lax.fori_loop(0, 1, lambda _, y: 0.9 * y, x),
 }
 
