@@ -155,7 +155,8 @@ class Planner:
             used_low = demand & PRODUCT or not self.settings.narrow
             run, form = Form.LOW, Form.LOW if used_low else Form.FULL
         elif kind is Kind.FLOAT32:
-            # A number costs nothing in float32; rounded, its error would be that of all it scales.
+            # A number costs nothing in float32; rounded, its error would be that of all it scales. What
+            # arithmetic makes of it (a root + 1e-6) is rounded still.
             is_number = all(v.aval.size == 1 for v in eqn.outvars)
             run, form = Form.FULL, Form.FULL if is_number else _made(Form.FULL, demand)
         else:
