@@ -125,6 +125,10 @@ class Planner:
 
     # Forwards: forms
 
+    def _is_native(self, scope: str) -> bool:
+        """Whether the user wants all of a region in 16 bits."""
+        return self.demands.override(scope) == self.settings.dtype
+
     def _form(self, atom: Any, forms: dict) -> Form | None:
         if not programs.is_float32(atom):
             return None
@@ -155,15 +159,14 @@ class Planner:
             used_low = demand & PRODUCT or not self.settings.narrow
             run, form = Form.LOW, Form.LOW if used_low else Form.FULL
         elif kind is Kind.FLOAT32:
-            # A number costs nothing in float32; rounded, its error would be that of all it scales. What
-            # arithmetic makes of it (a root + 1e-6) is rounded still.
-            is_number = all(v.aval.size == 1 for v in eqn.outvars)
-            run, form = Form.FULL, Form.FULL if is_number else _made(Form.FULL, demand)
+            run, form = Form.FULL, _made(Form.FULL, demand)
         else:
             run, form, why = self._widest(eqn, kind, operands, demand, scope)
             if run == Form.FULL and form == Form.LOW and _skips(eqn, operands, used):
                 run = Form.LOW
             reason = why or reason
+        if form == Form.LOW and _is_number(eqn, kind) and not self._is_native(scope):
+            run, form = Form.LOW if kind is Kind.LOW else Form.FULL, Form.FULL
         results = _fit([form] * len(eqn.outvars), eqn)
         return Step(run, results, reason, scope, operands=operands, kind=kind)
 
@@ -182,11 +185,13 @@ class Planner:
         if form == Form.LOW:
             if Form.FREE in present and (demand & Demand.OUTPUT or name in rules.COMPARES):
                 return Form.FULL, Form.FULL, REASONS["master"]
-            native = self.demands.override(scope) == self.settings.dtype
+            native = self._is_native(scope)
             eaten = moves or native or demand & PRODUCT or self.demands.saturates(name, demand)
             if not eaten and _is_awaited(eqn, given_as, demand):
                 return Form.FULL, Form.FULL, REASONS["awaited"]
-            return Form.LOW, Form.LOW, ""
+            written = any(map(programs.is_literal, eqn.invars))
+            by_given = _scales_activation(eqn, given_as) and not (written or native)
+            return Form.FULL if by_given else Form.LOW, Form.LOW, ""
         if form == Form.FULL:
             # A norm ends with its bias: what it gives is an activation, also to a norm that is next,
             # and so is its cotangent. An activation that a number scales still is one.
@@ -198,7 +203,7 @@ class Planner:
         if moves:
             if name in rules.READS_ROWS and demand & PRODUCT and not demand & Demand.OUTPUT:
                 return Form.FULL, Form.LOW, ""
-            enlarges = eqn.outvars[0].aval.size > eqn.invars[0].aval.size
+            enlarges = eqn.outvars[0].aval.size != eqn.invars[0].aval.size
             spread = name == "broadcast_in_dim" and enlarges
             return Form.FULL, Form.OPEN if spread else form, REASONS["adapts"]
         # `max` puts OPEN above FREE; of the two, what was given decides.
@@ -286,6 +291,13 @@ def _made(form: Form, demand: Demand) -> Form:
     return Form.LOW if demand & Demand.EATEN and not demand & Demand.OUTPUT else form
 
 
+def _is_number(eqn: Any, kind: Kind) -> bool:
+    """Whether one number is computed. In float32 it costs nothing; all it scales shares its error."""
+    computes = kind in (Kind.LOW, Kind.FLOAT32, Kind.WIDEST)
+    exact = eqn.primitive.name not in rules.EQUALITIES
+    return computes and exact and all(v.aval.size == 1 for v in eqn.outvars)
+
+
 def _fit(forms: Sequence[Form | None], eqn: Any) -> list[Form | None]:
     return [f if programs.is_float32(v) else None for f, v in zip(forms, eqn.outvars)]
 
@@ -308,7 +320,7 @@ def _cast_form(eqn: Any, operand: Form | None) -> Form:
 
 def _spread(form: Form | None, atom: Any, eqn: Any) -> Form | None:
     """The form of an operand of arithmetic: one that is repeated to fit adapts to the other."""
-    repeated = form is Form.FREE and atom.aval.size < eqn.outvars[0].aval.size
+    repeated = form is Form.FREE and atom.aval.size != eqn.outvars[0].aval.size
     return Form.OPEN if repeated else form
 
 
@@ -364,12 +376,12 @@ def _adds_bias(eqn: Any, given_as: list[Form | None]) -> bool:
     """Whether a parameter that varies along one axis only is added, repeated along the others."""
     arrays = [(v, form) for v, form in zip(eqn.invars, given_as) if not programs.is_literal(v)]
     return eqn.primitive.name == "add" and any(
-        _spread(form, v, eqn) is Form.OPEN and v.aval.ndim > 1 and v.aval.size == max(v.aval.shape)
+        _spread(form, v, eqn) is Form.OPEN and v.aval.ndim > 1 and v.aval.size in v.aval.shape
         for v, form in arrays
     )
 
 
 def _scales_activation(eqn: Any, given_as: list[Form | None]) -> bool:
-    """Whether a 16-bit array is scaled by a computed number, as Gemma's embeddings are by a root."""
-    arrays = [form for v, form in zip(eqn.invars, given_as) if v.aval.size > 1]
+    """Whether a 16-bit array is scaled by a number, as Gemma's embeddings are by a computed root."""
+    arrays = [form for v, form in zip(eqn.invars, given_as) if v.aval.size != 1]
     return eqn.primitive.name in rules.SCALES and arrays == [Form.LOW]

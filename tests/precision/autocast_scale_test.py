@@ -23,6 +23,10 @@ SCALES = {
     "by a computed root": lambda x: x / jnp.sqrt(96),
     "a computed inverse root": lambda x: x * jax.lax.rsqrt(96.0),
     "by a norm": lambda x: x / jnp.linalg.norm(jnp.arange(7.0)),  # the root of 91
+    "by a norm + 1e-6": lambda x: x / (jnp.linalg.norm(jnp.arange(7.0)) + 1e-6),
+    "three times a root": lambda x: x * (3 * jnp.sqrt(96.0)),
+    "by the larger of a norm and 1": lambda x: x / jnp.maximum(jnp.linalg.norm(jnp.arange(7.0)), 1),
+    "by a product of vectors": lambda x: x / jnp.vdot(jnp.arange(13.0), jnp.arange(13.0)),  # 650
     "0.9 within a loop": lambda x: jax.lax.fori_loop(0, 1, lambda _, y: 0.9 * y, x),
 }
 
@@ -45,6 +49,39 @@ def test_a_scale_is_as_exact_as_it_was_written(scale, dtype):
     found, pullback = jax.jit(lambda x: (run(x), jax.vjp(run, x)[1](x)[0]))(x)
     for values in (found, pullback):
         assert shared_error(values, exact * x.astype(np.float64)) < 2**-13
+
+
+GIVEN = {
+    "by it": (lambda x, n: x / n, 0.9),
+    "the root of a temperature": (lambda x, n: x * jnp.sqrt(n), 0.9),
+    "1 + it": (lambda x, n: x * (1 + n), 0.4),
+    "of one dimension": (lambda x, n: x * n[None], 0.9),
+    "a count": (lambda x, n: x / n.astype(jnp.int32), 650.0),
+}
+
+
+@pytest.mark.parametrize(("scale", "number"), GIVEN.values(), ids=GIVEN)
+def test_a_number_that_is_given_scales_in_float32(scale, number):
+    """A temperature, a learned gate of a residual: which number it is, nobody knows when it is compiled."""
+    x = X.astype("bfloat16").astype(np.float32)
+    run = autocast(lambda x, n: between_products(lambda y: scale(y, n), x))
+    number = np.float32(number)
+    exact = np.asarray(scale(np.ones((1, 1)), np.float64(number)))[0, 0]
+    found, pullback = jax.jit(lambda x, n: (run(x, n), jax.vjp(lambda x: run(x, n), x)[1](x)[0]))(
+        x, jnp.asarray(number)
+    )
+    for values in (found, pullback):
+        assert shared_error(values, exact * x.astype(np.float64)) < 2**-13
+
+
+def test_a_region_wholly_in_16_bits_rounds_its_numbers():
+    def scaled(x):
+        with jax.named_scope("wholly"):
+            return x * (3 * jnp.sqrt(96.0))
+
+    run = autocast(lambda x: between_products(scaled, x), overrides={"wholly": "bfloat16"})
+    products = [e for e in jax.make_jaxpr(run)(X).eqns if e.primitive.name == "mul"]
+    assert [v.aval.dtype for v in products[-1].invars] == ["bfloat16"] * 2
 
 
 @pytest.mark.parametrize(("number", "computed_in"), [(0.125, "bfloat16"), (0.9, "float32")])
