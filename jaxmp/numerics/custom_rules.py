@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmp.numerics import jaxpr as programs
 
@@ -42,7 +41,10 @@ def with_jvp(eqn: Any, args: Sequence, function: programs.Function, run_rule: Ca
         traced = programs.trace_flat(rule, [*originals, *_at(originals, inexact)])
         results = run_rule(without_dead(traced), [*primals, *_at(tangents, inexact)])
         outs, moved = results[: len(eqn.outvars)], results[len(eqn.outvars) :]
-        still = [np.zeros(np.shape(out), jax.dtypes.float0) for out in outs]
+        still = [
+            None if i in inexact_out else jax.custom_derivatives.zero_from_primal(out)
+            for i, out in enumerate(outs)
+        ]
         return outs, _fill(still, inexact_out, moved)
 
     setattr(call, "__name__", str(eqn.params.get("name", "custom_jvp")))  # noqa: B010 (undeclared)

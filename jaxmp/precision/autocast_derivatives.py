@@ -97,13 +97,16 @@ def softmax(
     return softmax(*operands)
 
 
-def _is_computed_again(length: int) -> bool:
+def _is_computed_again(length: Any) -> bool:
     """Whether a GPU's compiler takes rows of such a length as one, from logits to probabilities.
 
     XLA's kernels for rows work on blocks of a power of two. It takes a row that fills little more than
     half of one apart, and writes x - max in float32 if both passes read it. And to a product, rows that
-    are no multiple of 8 are copied first: the copy divides e on its way.
+    are no multiple of 8 are copied first: the copy divides e on its way. A length that is a symbol of
+    `jax.export` may be any.
     """
+    if not isinstance(length, int):
+        return False
     filled = length / (1 << (length - 1).bit_length())
     return length <= _BRIEF or (length % 8 == 0 and filled >= _FULL_ENOUGH)
 
@@ -153,7 +156,7 @@ def _affine_as_one(term: jax.Array, factor: jax.Array, x: jax.Array) -> jax.Arra
     A GPU's compiler fuses what makes g (the derivative of a relu) into all that read g, or writes g.
     It joins sums after that: two of them make it write g, one is worth reading again what makes it.
     """
-    shape = np.broadcast_shapes(term.shape, factor.shape)
+    shape = jnp.broadcast_shapes(term.shape, factor.shape)
     both = jax.lax.complex(*(jnp.broadcast_to(v, shape) for v in (term, factor)))
     both = jnp.broadcast_to(both, x.shape)
     return jnp.real(both) + jnp.imag(both) * x

@@ -147,7 +147,8 @@ class _Finder:
         if highest is None or highest.invars[0] is not x or highest.params["axes"] != axes:
             return []
         is_low = self.steps[index].operands[0] == Form.LOW
-        is_short = math.prod(x.aval.shape[i] for i in axes) <= _SHORT
+        length = math.prod(x.aval.shape[i] for i in axes)
+        is_short = isinstance(length, int) and length <= _SHORT  # not a symbol of `jax.export`
         source = self.source(index, 0)
         is_fused = source == "dot_general" and is_low and is_short
         return [index] if is_fused or source in rules.SATURATES else []
