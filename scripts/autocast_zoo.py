@@ -174,10 +174,11 @@ class Transformer(nn.Module):
         size, dtype = self.size, self.dtype
         ends = None if self.wide else dtype
         x = nn.Embed(size.vocab, size.width, dtype=dtype)(tokens)
-        x = x + nn.Embed(size.length, size.width, dtype=ends)(jnp.arange(tokens.shape[1]))
+        positions = nn.Embed(size.length, size.width, dtype=ends, name="positions")
+        x = x + positions(jnp.arange(tokens.shape[1]))
         fields = {"size": size, "dtype": dtype, **dict(self.fields)}
         x = stack(Block, size.depth, self.scanned, self.remat, x, **fields)
-        return nn.Dense(size.vocab, dtype=ends)(nn.LayerNorm(dtype=dtype)(x))
+        return nn.Dense(size.vocab, dtype=ends, name="head")(nn.LayerNorm(dtype=dtype)(x))
 
 
 class ViT(nn.Module):

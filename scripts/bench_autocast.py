@@ -9,8 +9,10 @@ source with `dtype=bfloat16` passed to every module. Parameters and gradients ar
     python scripts/bench_autocast.py --time                    # tracing, and paired steps on this machine
 
 Names of models choose among them; `transformers` are all of `transformers_zoo.py`. `--target`, and
-`--time` on an accelerator, use the size LARGE, all else SMALL. A CPU emulates 16-bit arithmetic in part:
-its times say what autocast adds to a step, never what 16 bits gain.
+`--time` on an accelerator, use the size LARGE, all else SMALL; `--size length=260` changes it. What the
+native model keeps in float32 on purpose, as some do their head, autocast keeps by `--override`, as in
+`--override "**/head=float32"`, or by `--rule add=float32`. A CPU emulates 16-bit arithmetic in part: its
+times say what autocast adds to a step, never what 16 bits gain.
 """
 
 from __future__ import annotations
@@ -50,23 +52,42 @@ PACKAGE = "transformers"
 WAYS = ("float32", "native", "autocast")
 
 
-def loss_of(name: str, way: str, size: zoo.Size) -> Callable:
-    """The loss `(params, state, batch, key) -> (loss, state)` of a model in one of the WAYS."""
-    model = MODELS[name].build(size, LOW if way == "native" else None)
-    return autocast(model.loss, LOW.dtype.name) if way == "autocast" else model.loss
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model of a size, and what autocast is told of it."""
 
+    name: str
+    size: zoo.Size
+    overrides: tuple[tuple[str, str], ...] = ()
+    rules: tuple[tuple[str, str], ...] = ()
 
-def gradient_of(name: str, way: str, size: zoo.Size) -> Callable:
-    """`(params, state, batch, key) -> ((loss, state), gradients)`."""
-    return jax.value_and_grad(loss_of(name, way, size), has_aux=True)
+    @property
+    def kind(self) -> str:
+        return MODELS[self.name].kind
+
+    def init(self) -> Callable:
+        """`key -> (params, state)`."""
+        return MODELS[self.name].build(self.size, None).init
+
+    def loss(self, way: str) -> Callable:
+        """`(params, state, batch, key) -> (loss, state)`, in one of the WAYS."""
+        loss = MODELS[self.name].build(self.size, LOW if way == "native" else None).loss
+        if way != "autocast":
+            return loss
+        rules = dict(self.rules)
+        return autocast(loss, LOW.dtype.name, rules=rules, overrides=self.overrides)
+
+    def gradient(self, way: str) -> Callable:
+        """`(params, state, batch, key) -> ((loss, state), gradients)`."""
+        return jax.value_and_grad(self.loss(way), has_aux=True)
 
 
 # --- compiled for an absent machine -------------------------------------------------------------
 
 
-def compiled(name: str, way: str, target: str, size: zoo.Size = zoo.LARGE) -> plan.Compiled:
+def compiled(case: Case, way: str, target: str) -> plan.Compiled:
     """What forward and backward cost on a target."""
-    gradient = gradient_of(name, way, size)
+    gradient = case.gradient(way)
 
     def step(variables: Any, batch: Any) -> Any:
         (loss, state), gradients = gradient(
@@ -74,16 +95,15 @@ def compiled(name: str, way: str, target: str, size: zoo.Size = zoo.LARGE) -> pl
         )
         return (gradients, state), loss
 
-    entry = MODELS[name]
-    variables = jax.eval_shape(entry.build(size, None).init, jax.random.key(0))
-    batch = {"data": size.random_batch(entry.kind), "seed": np.uint32(0)}
+    variables = jax.eval_shape(case.init(), jax.random.key(0))
+    batch = {"data": case.size.random_batch(case.kind), "seed": np.uint32(0)}
     return plan.compile_for(step, variables, batch, target)
 
 
-def compile_row(name: str, target: str) -> dict[str, Any]:
+def compile_row(case: Case, target: str) -> dict[str, Any]:
     """Bytes moved, temporaries and float32 products of both, and their ratios."""
-    row: dict[str, Any] = {"model": name}
-    reports = {way: compiled(name, way, target) for way in ("native", "autocast")}
+    row: dict[str, Any] = {"model": case.name}
+    reports = {way: compiled(case, way, target) for way in ("native", "autocast")}
     native, ours = reports["native"], reports["autocast"]
     row["GB"] = ours.bytes_accessed / 1e9
     row["bytes"] = ours.bytes_accessed / native.bytes_accessed
@@ -110,7 +130,7 @@ def relative(found: Any, expected: Any) -> float:
     return float(np.sqrt(error / sum(np.sum(b**2) for _, b in pairs)))
 
 
-def error_row(name: str, draws: int = 64) -> dict[str, Any]:
+def error_row(case: Case, draws: int = 64) -> dict[str, Any]:
     """Root mean square errors of loss and gradient against float32, over initialisations and data.
 
     Native's and autocast's are taken from the same draws, and their ratio's standard error with them.
@@ -118,11 +138,10 @@ def error_row(name: str, draws: int = 64) -> dict[str, Any]:
     The compiler may leave out a rounding between two operations that it fuses. Here it may not:
     otherwise an error of the loss depends on how a loss of a few numbers was fused.
     """
-    entry, size = MODELS[name], zoo.SMALL
     exactly = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-    gradients = {way: exactly(gradient_of(name, way, size)) for way in WAYS}
-    init = jax.jit(entry.build(size, None).init)
-    batch_at = source(entry.kind, size)
+    gradients = {way: exactly(case.gradient(way)) for way in WAYS}
+    init = jax.jit(case.init())
+    batch_at = source(case.kind, case.size)
     errors: dict[str, list] = {way: [] for way in WAYS}
     for draw in range(draws):
         params, state = init(jax.random.key(draw))
@@ -131,7 +150,7 @@ def error_row(name: str, draws: int = 64) -> dict[str, Any]:
         for way in WAYS[1:]:
             (loss, _), gradient = gradients[way](*args)
             errors[way].append((float(loss / exact - 1), relative(gradient, exact_gradient)))
-    row: dict[str, Any] = {"model": name}
+    row: dict[str, Any] = {"model": case.name}
     for i, what in enumerate(("loss", "gradient")):
         native, ours = (np.square(errors[way])[:, i] for way in WAYS[1:])
         row |= {f"{what} native": native.mean() ** 0.5, f"{what} autocast": ours.mean() ** 0.5}
@@ -168,11 +187,10 @@ def source(kind: str, size: zoo.Size) -> Callable[[int], dict[str, Any]]:
     return images
 
 
-def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
+def losses(case: Case, way: str, seeds: int, steps: int) -> np.ndarray:
     """The mean training loss of the last quarter of a run by AdamW, for each seed."""
-    entry, size = MODELS[name], zoo.SMALL
-    gradient, tx = gradient_of(name, way, size), optax.adamw(RATE)
-    batch_at = source(entry.kind, size)
+    gradient, tx = case.gradient(way), optax.adamw(RATE)
+    batch_at = source(case.kind, case.size)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(carry: Any, batch: Any, key: Any) -> tuple[Any, jax.Array]:
@@ -181,7 +199,7 @@ def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
         updates, moments = tx.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), state, moments), loss
 
-    init = jax.jit(entry.build(size, None).init)
+    init = jax.jit(case.init())
     found = []
     for seed in range(seeds):
         params, state = init(jax.random.key(seed))
@@ -194,12 +212,12 @@ def losses(name: str, way: str, seeds: int, steps: int) -> np.ndarray:
     return np.array(found)
 
 
-def train_row(name: str, seeds: int = 8, steps: int = 200) -> dict[str, Any]:
+def train_row(case: Case, seeds: int = 8, steps: int = 200) -> dict[str, Any]:
     """Final losses of float32 and autocast runs, and whether they lie within the seeds' spread."""
-    exact, ours = losses(name, "float32", seeds, steps), losses(name, "autocast", seeds, steps)
+    exact, ours = (losses(case, way, seeds, steps) for way in ("float32", "autocast"))
     spread = exact.max() - exact.min()
     return {
-        "model": name,
+        "model": case.name,
         "float32": float(exact.mean()),
         "autocast": float(ours.mean()),
         "same seed": float(np.abs(ours - exact).max()),
@@ -211,30 +229,27 @@ def train_row(name: str, seeds: int = 8, steps: int = 200) -> dict[str, Any]:
 # --- time ---------------------------------------------------------------------------------------
 
 
-def time_row(name: str, rounds: int = 20) -> dict[str, Any]:
+def time_row(case: Case, rounds: int = 20) -> dict[str, Any]:
     """Tracing of autocast against tracing of the function, and steps against native's, paired.
 
-    On an accelerator, at the size LARGE with 256 images: also how long its kernels run, against native's
-    (a small step waits for launches), how many times faster than in float32 a step is, and what the
-    compiler that sees the device needs in temporaries, against native's.
+    On an accelerator also how long its kernels run, against native's (a small step waits for launches),
+    how many times faster than in float32 a step is, and what the compiler that sees the device needs in
+    temporaries, against native's.
     """
     on_cpu = jax.default_backend() == "cpu"
-    entry, size = MODELS[name], zoo.SMALL if on_cpu else zoo.LARGE
-    if not on_cpu and entry.kind == "images":
-        size = dataclasses.replace(size, batch=256)
-    params, state = jax.jit(entry.build(size, None).init)(jax.random.key(0))
-    batch = jax.device_put(size.random_batch(entry.kind))
+    params, state = jax.jit(case.init())(jax.random.key(0))
+    batch = jax.device_put(case.size.random_batch(case.kind))
     args = (params, state, batch, jax.random.key(0))
     steps = {
-        way: jax.jit(gradient_of(name, way, size)).lower(*args).compile()
+        way: jax.jit(case.gradient(way)).lower(*args).compile()
         for way in (WAYS[1:] if on_cpu else WAYS)
     }
     times = seconds(steps, args, rounds, calls=3 if on_cpu else 20)
     took = {way: np.array(times) for way, times in times.items()}
     low, middle, high = np.quantile(took["autocast"] / took["native"], [0.25, 0.5, 0.75])
     row = {
-        "model": name,
-        "tracing": tracing(name, size, args),
+        "model": case.name,
+        "tracing": tracing(case, args),
         "step": float(middle),
         "quartiles": f"{low:.3f} to {high:.3f}",
     }
@@ -278,12 +293,12 @@ def kernel_seconds(step: Callable, args: tuple, calls: int = 5) -> float:
         return sum(nanoseconds) / 1e9 / calls
 
 
-def tracing(name: str, size: zoo.Size, args: tuple, rounds: int = 5) -> float:
+def tracing(case: Case, args: tuple, rounds: int = 5) -> float:
     """How many times as long autocast takes to trace a function as JAX takes without it."""
     took: dict[str, list] = {way: [] for way in ("float32", "autocast")}
     for _ in range(rounds):
         for way, times in took.items():
-            loss = loss_of(name, way, size)
+            loss = case.loss(way)
             jax.clear_caches()
             started = time.perf_counter()
             jax.make_jaxpr(loss)(*args)
@@ -302,6 +317,17 @@ def missing(name: str) -> str | None:
     return None
 
 
+def misfit(case: Case) -> str | None:
+    """A sentence if a model is not to be had as it is told: no such place or rule, heads that do not fit."""
+    try:
+        params, state = jax.eval_shape(case.init(), jax.random.key(0))
+        batch = case.size.random_batch(case.kind)
+        jax.eval_shape(case.loss("autocast"), params, state, batch, jax.random.key(0))
+    except (AssertionError, ValueError) as error:  # a model's own checks are of either kind
+        return f"{case.name}: {error}"
+    return None
+
+
 def refusal(name: str, said: str) -> str:
     """What to tell when a compiler gives up on a model, and what to try."""
     said = " ".join(said.split())[:120]
@@ -309,6 +335,46 @@ def refusal(name: str, said: str) -> str:
         f"{name}: the compiler gives up: {said}; if that is about tiles, leave products to a library "
         "with XLA_FLAGS=--xla_gpu_enable_triton_gemm=false."
     )
+
+
+def size_of(mode: str, kind: str, changes: Mapping[str, int]) -> zoo.Size:
+    """The size at which a mode runs models of a kind, with some changes."""
+    on_device = mode == "time" and jax.default_backend() != "cpu"
+    size = zoo.LARGE if mode == "target" or on_device else zoo.SMALL
+    if on_device and kind == "images":  # with 32 it would wait for launches
+        size = dataclasses.replace(size, batch=256)
+    return dataclasses.replace(size, **changes)
+
+
+def changes_of(words: list[str]) -> dict[str, int]:
+    """What `--size` changes.
+
+    Raises:
+      ValueError: a word is not one of the names of a size, "=" and a positive number.
+    """
+    names = [field.name for field in dataclasses.fields(zoo.Size)]
+    changes = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        if name not in names or not number.isdigit() or int(number) < 1:
+            raise ValueError(
+                f"--size is {word!r}; it takes, as in length=260, one of {', '.join(names)} and a number."
+            )
+        changes[name] = int(number)
+    return changes
+
+
+def pairs_of(flag: str, example: str, words: list[str]) -> tuple[tuple[str, str], ...]:
+    """What `--override` or `--rule` decides, as pairs.
+
+    Raises:
+      ValueError: a word has no "=" with something before and behind it.
+    """
+    pairs = [word.rpartition("=")[::2] for word in words]
+    for word, pair in zip(words, pairs):
+        if not all(pair):
+            raise ValueError(f"--{flag} is {word!r}; it takes two words, as in {example}.")
+    return tuple(pairs)
 
 
 def show(row: dict[str, Any]) -> str:
@@ -326,6 +392,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.add_argument(f"--{flag}", action="store_true")
     parser.add_argument("--draws", type=int, default=64, help="initialisations for --error (64)")
     parser.add_argument("--seeds", type=int, default=8, help="runs for --train, each way (8)")
+    several = {"nargs": "+", "default": []}
+    parser.add_argument("--size", metavar="NAME=NUMBER", help="as in length=260", **several)
+    parser.add_argument("--override", metavar="PATH=DTYPE", help="**/head=float32", **several)
+    parser.add_argument("--rule", metavar="PRIMITIVE=RULE", help="add=float32", **several)
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures")
     options = parser.parse_args(arguments)
     names = options.models or list(zoo.ZOO)
@@ -339,26 +409,32 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--draws is {options.draws}; it takes at least 1.")
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a spread takes at least 2.")
-    if options.target:
-        try:
+    try:
+        changes = changes_of(options.size)
+        overrides = pairs_of("override", "**/head=float32", options.override)
+        rules = pairs_of("rule", "add=float32", options.rule)
+        if options.target:
             targets.devices(options.target)  # before JAX starts: it may not find the compiler later
-        except ValueError as error:
-            parser.error(str(error))
-    jobs: list[Callable[[str], dict]] = []
-    if options.target:
-        jobs.append(functools.partial(compile_row, target=options.target))
-    errors = functools.partial(error_row, draws=options.draws)
-    train = functools.partial(train_row, seeds=options.seeds)
-    modes = {"error": errors, "train": train, "time": time_row}
-    jobs += [job for flag, job in modes.items() if getattr(options, flag)]
+    except ValueError as error:
+        parser.error(str(error))
+    modes: dict[str, Callable[[Case], dict]] = {
+        "target": functools.partial(compile_row, target=options.target),
+        "error": functools.partial(error_row, draws=options.draws),
+        "train": functools.partial(train_row, seeds=options.seeds),
+        "time": time_row,
+    }
     rows = []
     for name in names:
         if absent := missing(name):
             print(absent, file=sys.stderr)
             continue
-        for job in jobs:
+        for mode in (mode for mode in modes if getattr(options, mode)):
+            case = Case(name, size_of(mode, MODELS[name].kind, changes), overrides, rules)
+            if (changes or overrides or rules) and (sentence := misfit(case)):
+                print(sentence, file=sys.stderr)
+                continue
             try:
-                rows.append(job(name))
+                rows.append(modes[mode](case))
             except jax.errors.JaxRuntimeError as error:
                 print(refusal(name, str(error)), file=sys.stderr)
                 continue

@@ -441,6 +441,17 @@ def test_overrides_by_place() -> None:
     assert dtypes_of("exp", low, X) == ["bfloat16"]
 
 
+def test_a_table_that_is_kept_in_float32_is_read_in_float32() -> None:
+    def stream(table: jax.Array, positions: jax.Array, weight: jax.Array) -> jax.Array:
+        with jax.named_scope("positions"):
+            where = positions[np.arange(4)]
+        return jax.nn.standardize(table[np.arange(4)] + where) @ weight
+
+    for overrides, added_in in (({}, "bfloat16"), ({"positions": "float32"}, "float32")):
+        added = dtypes_of("add", autocast(stream, overrides=overrides), W, W, W)
+        assert next(name for name in added if "float" in name) == added_in
+
+
 def test_rules_by_primitive() -> None:
     assert dtypes_of("tanh", autocast(scoped, rules={"tanh": "float32"}), X) == ["float32"]
     assert "float32" in dtypes_of(

@@ -22,12 +22,10 @@ def bench():
 
 def residuals(name, way):
     """Dtypes and shapes of what the first scan of a model's gradient hands on, and their bytes."""
-    zoo = bench().zoo
-    entry = zoo.ZOO[name]
-    params, state = jax.eval_shape(entry.build(zoo.SMALL, None).init, jax.random.key(0))
-    gradient = bench().gradient_of(name, way, zoo.SMALL)
-    batch = zoo.SMALL.random_batch(entry.kind)
-    jaxpr = jax.make_jaxpr(gradient)(params, state, batch, jax.random.key(0)).jaxpr
+    case = bench().Case(name, bench().zoo.SMALL)
+    params, state = jax.eval_shape(case.init(), jax.random.key(0))
+    batch = case.size.random_batch(case.kind)
+    jaxpr = jax.make_jaxpr(case.gradient(way))(params, state, batch, jax.random.key(0)).jaxpr
     scans = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     avals = [v.aval for v in scans[0].outvars]
     return {str(a) for a in avals}, sum(a.size * a.dtype.itemsize for a in avals)
@@ -49,7 +47,7 @@ def test_it_moves_what_the_native_model_moves(name):
     missing = targets.missing_wheel("gpu-h100")
     if missing:
         pytest.skip(missing)
-    row = bench().compile_row(name, "gpu-h100")
+    row = bench().compile_row(bench().Case(name, bench().zoo.LARGE), "gpu-h100")
     assert row["bytes"] <= 1.02
     assert row["temporary"] <= 1.02
     assert row["float32 products"] == 0
@@ -63,10 +61,51 @@ def test_a_logarithm_sees_what_float32_gives():
     assert float(autocast(squash)(x)) == pytest.approx(float(squash(x)), rel=1e-3)
 
 
-def test_wrong_arguments_are_answered_in_a_sentence(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["gpt-huge"], "gemma"),
+        (["vae", "--size", "lenght=260"], "one of width, depth, heads, vocab, length"),
+        (["vae", "--size", "length=-1"], "'length=-1'"),
+        (["vae", "--override", "**/head"], "**/head=float32"),
+        (["vae", "--rule", "=float32"], "add=float32"),
+    ],
+)
+def test_wrong_arguments_are_answered_in_a_sentence(capsys, arguments, said):
     with pytest.raises(SystemExit):
-        bench().main(["gpt-huge"])
-    assert "gemma" in capsys.readouterr().err
+        bench().main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_sizes_overrides_and_rules_change_what_is_run(monkeypatch):
+    cases = []
+    monkeypatch.setattr(bench(), "error_row", lambda case, draws: cases.append(case) or {})
+    arguments = ["decoder-wide", "--error", "--size", "length=9", "vocab=40"]
+    told = ["--override", "**/head=float32", "--rule", "exp=low"]
+    assert bench().main([*arguments, *told]) == 0
+    (case,) = cases
+    assert (case.size.length, case.size.vocab, case.size.width) == (9, 40, 64)
+    params, state = jax.eval_shape(case.init(), jax.random.key(0))
+    batch = case.size.random_batch(case.kind)
+    jaxpr = jax.make_jaxpr(case.loss("autocast"))(params, state, batch, jax.random.key(0)).jaxpr
+    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    wide = [e.outvars[0].aval.shape for e in products if e.invars[0].aval.dtype == jnp.float32]
+    assert wide == [(16, 9, 40)]  # the head alone
+    exponentials = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "exp"]
+    assert {eqn.invars[0].aval.dtype for eqn in exponentials} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (["--override", "**/tail=float32"], "vae: The override '**/tail' matched no place"),
+        (["--override", "**/tail=float99"], "float99"),
+        (["--rule", "add=wide"], "vae: The rule for 'add' is 'wide'; it should be one of"),
+    ],
+)
+def test_what_is_refused_in_tracing_is_answered_in_a_sentence(capsys, told, said):
+    assert bench().main(["vae", "--error", *told]) == 0
+    assert said in capsys.readouterr().err
 
 
 def test_a_model_whose_package_is_absent_is_answered_in_a_sentence(monkeypatch, capsys):
