@@ -40,9 +40,9 @@ def autocast(
     """`fn` with its matrix products in 16 bits, and the rest where its range and sums are safe.
 
     It composes: `grad(autocast(f))`, `autocast(grad(f))`, inside and outside `jit`, `vmap`, loops,
-    `jax.checkpoint`, custom derivatives, `shard_map` and `jax.export`. Arguments and results keep the dtypes
-    that the caller gave and would have got. Only float32 is changed: float64, integers, keys
-    and explicit casts are left alone. As under `jit`, the arrays in the arguments are traced,
+    `jax.checkpoint`, custom derivatives, `shard_map` and `jax.export`. Arguments and results keep
+    the dtypes that the caller gave and would have got. Only float32 is changed: float64, integers,
+    keys and explicit casts are left alone. As under `jit`, the arrays in the arguments are traced,
     so Python code cannot branch on their values; all else (flags, strings, numbers) is static.
     A `scan` keeps products, sums and rounded parameters for its backward pass and computes the
     arithmetic between them again, unless a `jax.checkpoint` inside it, or an effect, says otherwise.

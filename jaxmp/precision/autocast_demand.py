@@ -48,6 +48,7 @@ REASONS = {
     "periodic": "an angle: it feeds a sine or cosine",
     "awaited": "only float32 operations and the caller use it",
     "master": "a float32 value that the caller gets back is updated in float32",
+    "number": "a number, or scaled by one: its rounding would be the error of all that it scales",
     "power": "powers leave the range of float16",
     "adapts": "nothing 16-bit takes part",
 }

@@ -166,7 +166,9 @@ class Planner:
                 run = Form.LOW
             reason = why or reason
         if form == Form.LOW and _is_number(eqn, kind) and not self._is_native(scope):
-            run, form = Form.LOW if kind is Kind.LOW else Form.FULL, Form.FULL
+            form = Form.FULL
+            if run == Form.LOW and kind is not Kind.LOW:
+                run, reason = Form.FULL, REASONS["number"]
         results = _fit([form] * len(eqn.outvars), eqn)
         return Step(run, results, reason, scope, operands=operands, kind=kind)
 
@@ -189,9 +191,9 @@ class Planner:
             eaten = moves or native or demand & PRODUCT or self.demands.saturates(name, demand)
             if not eaten and _is_awaited(eqn, given_as, demand):
                 return Form.FULL, Form.FULL, REASONS["awaited"]
-            written = any(map(programs.is_literal, eqn.invars))
-            by_given = _scales_activation(eqn, given_as) and not (written or native)
-            return Form.FULL if by_given else Form.LOW, Form.LOW, ""
+            if _scales_activation(eqn, given_as) and not (native or _has_literal(eqn)):
+                return Form.FULL, Form.LOW, REASONS["number"]
+            return Form.LOW, Form.LOW, ""
         if form == Form.FULL:
             # A norm ends with its bias: what it gives is an activation, also to a norm that is next,
             # and so is its cotangent. An activation that a number scales still is one.
@@ -379,6 +381,11 @@ def _adds_bias(eqn: Any, given_as: list[Form | None]) -> bool:
         _spread(form, v, eqn) is Form.OPEN and v.aval.ndim > 1 and v.aval.size in v.aval.shape
         for v, form in arrays
     )
+
+
+def _has_literal(eqn: Any) -> bool:
+    """Whether an operand is written in the program: that 16 bits hold it is seen when it runs."""
+    return any(map(programs.is_literal, eqn.invars))
 
 
 def _scales_activation(eqn: Any, given_as: list[Form | None]) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmp.precision.autocast import autocast
+from jaxmp.precision.autocast import autocast, explain_autocast
 
 RNG = np.random.default_rng(0)
 X = RNG.uniform(1, 2, (64, 64)).astype(np.float32)
@@ -72,6 +72,13 @@ def test_a_number_that_is_given_scales_in_float32(scale, number):
     )
     for values in (found, pullback):
         assert shared_error(values, exact * x.astype(np.float64)) < 2**-13
+
+
+def test_explain_says_why_a_number_scales_in_float32():
+    temperature = lambda x, n: between_products(lambda y: y / n, x)
+    text = explain_autocast(autocast(temperature), X, jnp.float32(0.9))
+    (division,) = (line for line in text.splitlines() if " div " in line)
+    assert re.search(r"float32 +1 x div +a number, or scaled by one", division)
 
 
 def test_a_region_wholly_in_16_bits_rounds_its_numbers():
