@@ -187,7 +187,9 @@ def suggestions(found: Estimate) -> tuple[str, ...]:
                 "temporaries are what does not fit: accumulate over more microbatches, take a smaller "
                 "batch, or recompute activations in the backward pass."
             )
-    if found.program.wide_products:
+    # A CPU's compiler widens 16-bit products itself: nothing that a user could change.
+    rates = targets.parse_target(found.program.target).chip.peak_flops
+    if found.program.wide_products and rates:
         share = sum(p.flops for p in found.program.wide_products) / found.program.product_flops
         said.append(
             f"{len(found.program.wide_products)} products ({share:.0%} of the FLOPs) have operands wider "

@@ -77,6 +77,12 @@ def test_what_does_not_fit_says_by_how_much_and_what_to_try(parts):
 def test_wide_products_are_named_with_their_lines(parts):
     text = str(on("gpu-h100", parts))
     assert "cost_test.py" in text and "float32 x float32" in text
+    assert "compute in bfloat16" in text
+
+
+def test_a_cpu_is_not_told_to_multiply_in_16_bits(parts):
+    text = str(on("cpu", parts))
+    assert "float32 x float32" in text and "compute in bfloat16" not in text
 
 
 def test_plain_data_for_json(parts):
