@@ -4,6 +4,7 @@ import functools
 import importlib
 import pathlib
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,33 @@ def test_it_moves_what_the_native_model_moves(name):
     assert row["float32 products"] == 0
 
 
+def test_another_order_of_the_parameters_gives_the_same_step(monkeypatch):
+    monkeypatch.setattr(bench().plan, "compile_for", lambda *args: args)
+    case, shapes, losses = bench().Case("mlp-equinox", bench().zoo.SMALL), [], []
+    for order in (0, 1):
+        step, state, batch, _ = bench().compiled(case, "native", "cpu", order)
+        gradients, loss = step([jnp.full(s.shape, 0.01, s.dtype) for s in state], batch)
+        assert [g.shape for g in gradients] == [s.shape for s in state]
+        shapes.append([s.shape for s in state])
+        losses.append(float(loss))
+    assert shapes[0] != shapes[1] and sorted(shapes[0]) == sorted(shapes[1])
+    assert losses[0] == losses[1] > 0
+
+
+def test_over_orders_the_means_are_compared(monkeypatch):
+    moved = {"native": (100, 300), "autocast": (90, 330)}
+
+    def compiled(case, way, target, order):
+        figures = dict.fromkeys(["compiler_bytes", "compiler_flops", "temporary_bytes"], 0)
+        moves = {"bytes_accessed": moved[way][order], "wide_products": ()}
+        return types.SimpleNamespace(**figures, **moves)
+
+    monkeypatch.setattr(bench(), "compiled", compiled)
+    row = bench().compile_row(bench().Case("vae", bench().zoo.SMALL), "tpu-v5e", orders=2)
+    assert row["bytes"] == 420 / 400 and row["of an order"] == "0.900 to 1.100"
+    assert row["temporary"] == 1.0
+
+
 def test_a_logarithm_sees_what_float32_gives():
     autocast = bench().autocast
     w = jnp.full((1, 1), 4.0)
@@ -65,6 +93,7 @@ def test_a_logarithm_sees_what_float32_gives():
     ("arguments", "said"),
     [
         (["gpt-huge"], "gemma"),
+        (["vae", "--orders", "0"], "at least 1"),
         (["vae", "--size", "lenght=260"], "one of width, depth, heads, vocab, length"),
         (["vae", "--size", "length=-1"], "'length=-1'"),
         (["vae", "--override", "**/head"], "**/head=float32"),
