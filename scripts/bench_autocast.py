@@ -125,9 +125,8 @@ def compile_row(case: Case, target: str, orders: int = 1) -> dict[str, Any]:
         each = [o.bytes_accessed / n.bytes_accessed for o, n in zip(ours, native)]
         row["of an order"] = f"{min(each):.3f} to {max(each):.3f}"
     if native[0].compiler_bytes:
-        row["compiler bytes"], row["compiler FLOPs"] = map(
-            ratio, ("compiler_bytes", "compiler_flops")
-        )
+        row["compiler bytes"] = ratio("compiler_bytes")
+        row["compiler FLOPs"] = ratio("compiler_flops")
     row["temporary"] = ratio("temporary_bytes")
     row["float32 products"] = len(ours[0].wide_products)
     row["native's"] = len(native[0].wide_products)

@@ -106,8 +106,8 @@ class Demands:
         kind, reason = rule
         region = self.override(scope)
         exact = name in rules.EQUALITIES
-        computes = kind in (Kind.LOW, Kind.WIDEST) or name in rules.READS_ROWS
-        if region == np.dtype("float32") and computes and not exact:
+        narrows = kind in (Kind.LOW, Kind.WIDEST) or name in rules.READS_ROWS
+        if region == np.dtype("float32") and narrows and not exact:
             return Kind.FLOAT32, REASONS["region"]
         if region == self.settings.dtype and kind is Kind.FLOAT32:
             return Kind.WIDEST, REASONS["native"]

@@ -9,7 +9,8 @@ takes, in the order FREE < OPEN < LOW < FULL:
     LOW   16 bits
     FULL  float32 for a reason (an exponential, a sum)
 
-    form(a op b) = max(form(a), form(b)),  made LOW if a product eats it and the caller does not.
+    form(a op b) = max(form(a), form(b)),  made LOW if a product eats it and the caller does not;
+                                           FULL instead of LOW if it is one number.
 
 So a residual stream that starts at a product stays in 16 bits, softmax is computed in float32 up to
 what a product eats (its exponentials and probabilities are kept in 16 bits), a norm up to its bias,
@@ -165,7 +166,7 @@ class Planner:
             if run == Form.FULL and form == Form.LOW and _skips(eqn, operands, used):
                 run = Form.LOW
             reason = why or reason
-        if form == Form.LOW and _is_number(eqn, kind) and not self._is_native(scope):
+        if form == Form.LOW and _computes_number(eqn, kind) and not self._is_native(scope):
             form = Form.FULL
             if run == Form.LOW and kind is not Kind.LOW:
                 run, reason = Form.FULL, REASONS["number"]
@@ -293,11 +294,11 @@ def _made(form: Form, demand: Demand) -> Form:
     return Form.LOW if demand & Demand.EATEN and not demand & Demand.OUTPUT else form
 
 
-def _is_number(eqn: Any, kind: Kind) -> bool:
+def _computes_number(eqn: Any, kind: Kind) -> bool:
     """Whether one number is computed. In float32 it costs nothing; all it scales shares its error."""
     computes = kind in (Kind.LOW, Kind.FLOAT32, Kind.WIDEST)
-    exact = eqn.primitive.name not in rules.EQUALITIES
-    return computes and exact and all(v.aval.size == 1 for v in eqn.outvars)
+    tests = eqn.primitive.name in rules.EQUALITIES
+    return computes and not tests and all(v.aval.size == 1 for v in eqn.outvars)
 
 
 def _fit(forms: Sequence[Form | None], eqn: Any) -> list[Form | None]:
